@@ -81,7 +81,9 @@ class ModelSection(Section):
     heads: int = Field(6, ge=1)
     kv_heads: int | None = Field(None, ge=1, description="key/value heads (GQA); default = heads")
     head_dim: int | None = Field(None, ge=2, description="default = hidden / heads")
-    intermediate: int | None = Field(None, ge=8, description="MLP width; default 8/3 hidden rounded up to 64, or 4 hidden")
+    intermediate: int | None = Field(
+        None, ge=8, description="MLP width; default 8/3 hidden rounded up to 64, or 4 hidden"
+    )
     context_length: int = Field(512, ge=8, description="longest sequence the model is built for")
     vocab_size: int | None = Field(None, ge=2, description="default = the dataset's tokenizer")
     rope_theta: float = Field(10_000.0, gt=0)
@@ -124,7 +126,9 @@ class ParallelSection(Section):
     """The layout."""
 
     procs: int = Field(1, ge=1, description="processes per node")
-    reshard_after_forward: bool = Field(True, description="free gathered parameters between forward and backward (ZeRO-3)")
+    reshard_after_forward: bool = Field(
+        True, description="free gathered parameters between forward and backward (ZeRO-3)"
+    )
     activation_checkpointing: Literal["none", "full"] = Field("none", description="recompute each block in backward")
 
 
