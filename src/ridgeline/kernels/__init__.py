@@ -1,0 +1,1 @@
+"""One file per operation: the idea, a traceable torch form, and its bytes and FLOPs as functions of shape."""
