@@ -45,7 +45,7 @@ def _subtitle(demo: Run, stages: Sequence[Run]) -> str:
 
 
 def _total(demo: Run) -> float:
-    return sum(stage["seconds"] for stage in demo.load_json("stages.json") or [])
+    return sum(float(stage["seconds"]) for stage in demo.load_json("stages.json") or [])
 
 
 def _line_section(demo: Run, runs: dict[str, Run]) -> Section:

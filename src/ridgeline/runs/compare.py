@@ -89,9 +89,9 @@ def shared_figures(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Figure]:
     """Numbers that both summaries hold, grouped: speed, memory, quality, other."""
     figures = []
     for key in a:
-        x, y = a[key], b.get(key)
-        if _number(x) and _number(y):
-            figures.append(Figure(_group(key), key, float(x), float(y)))
+        x, y = _number(a[key]), _number(b.get(key))
+        if x is not None and y is not None:
+            figures.append(Figure(_group(key), key, x, y))
     order = [*GROUPS, "other"]
     return sorted(figures, key=lambda figure: order.index(figure.group))
 
@@ -149,5 +149,5 @@ def _group(key: str) -> str:
     return "other"
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
