@@ -1,0 +1,10 @@
+"""What this machine is (:func:`inventory`), what it can do (:func:`ceilings`), and what its maker says (:func:`peaks_for`).
+
+Only the standard library is imported here; torch is imported by the processes that measure.
+"""
+
+from ridgeline.hardware.ceilings import Ceilings, cache_folder, ceilings, measured_elsewhere
+from ridgeline.hardware.inventory import inventory
+from ridgeline.hardware.peaks import Peaks, peaks_for
+
+__all__ = ["Ceilings", "Peaks", "cache_folder", "ceilings", "inventory", "measured_elsewhere", "peaks_for"]
