@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = 8 * 2**20  # logits in flight: 16 MiB in bf16, 32 MiB as fp32
+CHUNK_ELEMENTS = 8 * 2**20  # logits in flight: 16 MiB in bf16
+MIN_CHUNK_ROWS = 256  # fewer rows make slow GEMMs, and a pass over the head's gradient for each
+PIECE_ROWS = 64
 
 
 def linear_cross_entropy(
@@ -60,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ignore_index: int,
         with_grad: bool,
     ) -> Tensor:
-        chunk = max(1, min(hidden.shape[0], CHUNK_ELEMENTS // weight.shape[0]))
+        chunk = _chunk_rows(hidden.shape[0], weight.shape[0])
         if not with_grad:
             return _loss_only(hidden, weight, bias, targets, ignore_index, chunk)
         loss, d_hidden, d_weight, d_bias = _loss_and_gradients(hidden, weight, bias, targets, ignore_index, chunk)
@@ -75,12 +77,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden * scale.to(d_hidden.dtype), d_weight * scale.to(d_weight.dtype), scaled_bias, None, None, None
 
 
-def _chunk_loss(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One chunk: (summed loss, log-sum-exp ``[rows, 1]``, counted ``[rows, 1]``, safe targets ``[rows, 1]``)."""
+def _chunk_rows(rows: int, vocab: int) -> int:
+    return max(1, min(rows, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab)))
+
+
+def _log_probabilities(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """fp32 log-softmax ``[rows, vocab]``; of the targets, counted rows, targets safe to index with: ``[rows, 1]``."""
     counted = (targets != ignore_index)[:, None]
     safe = torch.where(counted, targets[:, None], 0)
-    lse = torch.logsumexp(logits, -1, keepdim=True)
-    return ((lse - logits.gather(-1, safe)) * counted).sum(), lse, counted, safe
+    log_p = torch.log_softmax(logits.float(), -1)
+    return log_p, log_p.gather(-1, safe), counted, safe
 
 
 def _loss_only(
@@ -88,8 +94,20 @@ def _loss_only(
 ) -> Tensor:
     loss = hidden.new_zeros((), dtype=torch.float32)
     for rows, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        loss = loss + _chunk_loss(F.linear(rows, weight, bias).float(), target, ignore_index)[0]
+        _, chosen, counted, _ = _log_probabilities(F.linear(rows, weight, bias), target, ignore_index)
+        loss = loss - torch.where(counted, chosen, 0.0).sum()
     return loss
+
+
+def _loss_and_d_logits(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(summed loss in fp32, its gradient ``[rows, vocab]`` in the logits' dtype) of one piece.
+
+    The target's entry is ``p - 1 = expm1(log p)``: exact where ``p`` is near 1.
+    """
+    log_p, chosen, counted, safe = _log_probabilities(logits, targets, ignore_index)
+    gradient = log_p.exp().scatter(-1, safe, torch.expm1(chosen))
+    loss = -torch.where(counted, chosen, 0.0).sum()
+    return loss, torch.where(counted, gradient, 0.0).to(logits.dtype)
 
 
 def _loss_and_gradients(
@@ -99,18 +117,31 @@ def _loss_and_gradients(
     d_weight = torch.zeros_like(weight, dtype=torch.float32)
     d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
     d_hidden = []
+    # Eager on a CPU, each elementwise pass should find its rows in the L2 cache; the compiler fuses the passes itself.
+    eager_cpu = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
     for rows, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        logits = F.linear(rows, weight, bias).float()
-        part, lse, counted, safe = _chunk_loss(logits, target, ignore_index)
-        one_hot = torch.arange(logits.shape[-1], device=logits.device) == safe
-        d_logits = ((torch.exp(logits - lse) - one_hot.float()) * counted).to(hidden.dtype)
-        loss = loss + part
+        logits = F.linear(rows, weight, bias)
+        if eager_cpu:
+            loss, d_logits = loss + _in_pieces(logits, target, ignore_index), logits
+        else:
+            part, d_logits = _loss_and_d_logits(logits, target, ignore_index)
+            loss = loss + part
         d_hidden.append(d_logits @ weight)
-        d_weight = d_weight + d_logits.T @ rows
+        d_weight += d_logits.T @ rows
         if d_bias is not None:
-            d_bias = d_bias + d_logits.sum(0, dtype=torch.float32)
+            d_bias += d_logits.sum(0, dtype=torch.float32)
     d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
     return loss, torch.cat(d_hidden), d_weight.to(weight.dtype), d_bias
+
+
+def _in_pieces(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """Replace ``logits`` by their gradient, `PIECE_ROWS` rows at a time; the summed loss."""
+    loss = logits.new_zeros((), dtype=torch.float32)
+    for piece, target in zip(logits.split(PIECE_ROWS), targets.split(PIECE_ROWS), strict=True):
+        log_p, chosen, counted, safe = _log_probabilities(piece, target, ignore_index)
+        loss -= torch.where(counted, chosen, 0.0).sum()
+        piece.copy_(log_p.exp_().scatter_(-1, safe, torch.expm1(chosen)).masked_fill_(~counted, 0.0))
+    return loss
 
 
 def flops(rows: int, dim: int, vocab: int, backward: bool = True) -> int:
