@@ -10,6 +10,7 @@ multiplies by the incoming scalar. Without gradients the chunks yield the loss o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def linear_cross_entropy(
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got '{reduction}'")
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    total = _LinearCrossEntropy.apply(rows, weight, bias, flat, ignore_index, torch.is_grad_enabled())
+    apply: Callable[..., Tensor] = _LinearCrossEntropy.apply
+    total = apply(rows, weight, bias, flat, ignore_index, torch.is_grad_enabled())
     return total if reduction == "sum" else total / (flat != ignore_index).sum()
 
 
@@ -93,7 +95,7 @@ def _loss_only(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int, chunk: int
 ) -> Tensor:
     loss = hidden.new_zeros((), dtype=torch.float32)
-    for rows, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+    for rows, target in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
         _, chosen, counted, _ = _log_probabilities(F.linear(rows, weight, bias), target, ignore_index)
         loss = loss - torch.where(counted, chosen, 0.0).sum()
     return loss
@@ -119,7 +121,7 @@ def _loss_and_gradients(
     d_hidden = []
     # Eager on a CPU, each elementwise pass should find its rows in the L2 cache; the compiler fuses the passes itself.
     eager_cpu = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
-    for rows, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+    for rows, target in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
         logits = F.linear(rows, weight, bias)
         if eager_cpu:
             loss, d_logits = loss + _in_pieces(logits, target, ignore_index), logits
@@ -137,7 +139,7 @@ def _loss_and_gradients(
 def _in_pieces(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """Replace ``logits`` by their gradient, `PIECE_ROWS` rows at a time; the summed loss."""
     loss = logits.new_zeros((), dtype=torch.float32)
-    for piece, target in zip(logits.split(PIECE_ROWS), targets.split(PIECE_ROWS), strict=True):
+    for piece, target in zip(torch.split(logits, PIECE_ROWS), torch.split(targets, PIECE_ROWS), strict=True):
         log_p, chosen, counted, safe = _log_probabilities(piece, target, ignore_index)
         loss -= torch.where(counted, chosen, 0.0).sum()
         piece.copy_(log_p.exp_().scatter_(-1, safe, torch.expm1(chosen)).masked_fill_(~counted, 0.0))

@@ -38,7 +38,7 @@ def reference(x: Tensor, positions: Tensor, inverse_frequencies: Tensor, interle
     """The same rotation as multiplication of complex numbers, in ``x``'s own precision (full rotary only)."""
     turn = torch.polar(torch.ones_like(angle := positions[..., None, None] * inverse_frequencies), angle)
     if interleaved:
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
         return torch.view_as_real(pairs * turn).flatten(-2)
     half = x.shape[-1] // 2
     turned = torch.complex(x[..., :half], x[..., half:]) * turn

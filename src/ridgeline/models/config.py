@@ -11,6 +11,8 @@ from ridgeline.config import ModelSection
 from ridgeline.errors import UserError, nearest
 from ridgeline.models.rotary import check_scaling
 
+Shapes = dict[str, tuple[int, ...]]
+
 ROTARY_LLAMA: dict[str, Any] = {
     "positions": "rotary",
     "rope_interleaved": False,
@@ -96,8 +98,8 @@ class DecoderConfig:
             if getattr(self, name) != value:
                 raise UserError(f"{name} = {getattr(self, name)!r}: family {self.family} always has {value!r}")
         self._check_shapes()
-        if self.positions == "rotary":
-            check_scaling(self.rope_scaling)
+        self._check_writable()
+        check_scaling(self.rope_scaling)
 
     def _check_shapes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
@@ -115,6 +117,22 @@ class DecoderConfig:
             raise UserError(f"family {self.family} needs kv_heads = heads and head_dim = hidden / heads")
         if self.sliding_layers and not self.sliding_window:
             raise UserError("sliding_layers are given without a sliding_window")
+        if any(not 0 <= layer < self.num_layers for layer in self.sliding_layers):
+            raise UserError(f"sliding_layers {self.sliding_layers} name layers beyond num_layers {self.num_layers}")
+
+    def _check_writable(self) -> None:
+        """What this record can say and the family's ``config.json`` cannot."""
+        family, every = self.family, tuple(range(self.num_layers))
+        if family in ("llama", "qwen3") and self.qkv_bias != self.out_bias:
+            raise UserError(f"family {family} has one setting for qkv_bias and out_bias")
+        if self.positions == "rotary" and family != "gptj" and self.rope_dim != self.head_dim:
+            raise UserError(f"family {family} rotates whole heads: rope_dim must be head_dim = {self.head_dim}")
+        if family == "gptj" and (self.rope_theta != 10_000.0 or self.rope_scaling):
+            raise UserError("family gptj has rope_theta 10000 and no rope_scaling")
+        if self.sliding_layers and family not in ("mistral", "qwen2", "qwen3"):
+            raise UserError(f"family {family} has no sliding window")
+        if self.sliding_layers and family == "mistral" and self.sliding_layers != every:
+            raise UserError("family mistral slides in every layer or in none")
 
     def replace(self, **changes: Any) -> DecoderConfig:
         """A copy with fields changed, checked again."""
@@ -124,9 +142,10 @@ class DecoderConfig:
         """The sliding window of a layer, None when it sees everything."""
         return self.sliding_window if layer in self.sliding_layers else None
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(self) -> Shapes:
         """Every parameter's name and shape, in the order of `Decoder.named_parameters`, without allocating."""
-        hidden, shapes = self.hidden_size, {"embed.weight": (self.vocab_size, self.hidden_size)}
+        hidden = self.hidden_size
+        shapes: Shapes = {"embed.weight": (self.vocab_size, hidden)}
         if self.positions == "learned":
             shapes["positions.weight"] = (self.context_length, hidden)
         for layer in range(self.num_layers):
@@ -138,7 +157,7 @@ class DecoderConfig:
             shapes = {"tied_bias": (self.vocab_size,)} | shapes
         return shapes
 
-    def block_shapes(self) -> dict[str, tuple[int, ...]]:
+    def block_shapes(self) -> Shapes:
         """Parameters of one block, by the name inside it."""
         hidden, wide = self.hidden_size, self.intermediate_size
         heads = self.num_heads * self.head_dim
@@ -153,8 +172,8 @@ class DecoderConfig:
         shapes |= _linear_shapes(first, hidden, rows, self.mlp_bias)
         return shapes | _linear_shapes("mlp.down", wide, hidden, self.mlp_bias)
 
-    def _norm_shapes(self, name: str, dim: int) -> dict[str, tuple[int, ...]]:
-        weight: dict[str, tuple[int, ...]] = {f"{name}.weight": (dim,)}
+    def _norm_shapes(self, name: str, dim: int) -> Shapes:
+        weight: Shapes = {f"{name}.weight": (dim,)}
         return weight | {f"{name}.bias": (dim,)} if self.norm == "layer" else weight
 
     @property
@@ -177,8 +196,8 @@ class DecoderConfig:
         return 1.0 if name.endswith("norm.weight") else 0.0
 
 
-def _linear_shapes(name: str, inputs: int, outputs: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    weight: dict[str, tuple[int, ...]] = {f"{name}.weight": (outputs, inputs)}
+def _linear_shapes(name: str, inputs: int, outputs: int, bias: bool) -> Shapes:
+    weight: Shapes = {f"{name}.weight": (outputs, inputs)}
     return weight | {f"{name}.bias": (outputs,)} if bias else weight
 
 

@@ -58,13 +58,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation | None, attend: LayerAttend | None) -> Tensor:
         """``x`` ``[batch, seq, hidden]`` -> same shape."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation, self.interleaved), rotate(k, *rotation, self.interleaved)
         mixed = attention(q, k, v, self.window) if attend is None else attend(q, k, v)
-        return self.out(mixed.flatten(2))
+        out: Tensor = self.out(mixed.flatten(2))
+        return out
 
 
 class MLP(nn.Module):
@@ -82,7 +83,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[batch, seq, hidden]`` -> same shape."""
-        return self.down(swiglu(self.gate_up(x)) if self.gated else gelu(self.up(x), self.tanh))
+        out: Tensor = self.down(swiglu(self.gate_up(x)) if self.gated else gelu(self.up(x), self.tanh))
+        return out
 
 
 class Block(nn.Module):
@@ -99,10 +101,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation | None, attend: LayerAttend | None = None) -> Tensor:
         """``x`` ``[batch, seq, hidden]`` -> same shape."""
         normed = self.attn_norm(x)
-        if self.mlp_norm is None:
-            return x + self.attn(normed, rotation, attend) + self.mlp(normed)
         x = x + self.attn(normed, rotation, attend)
-        return x + self.mlp(self.mlp_norm(x))
+        out: Tensor = x + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
+        return out
 
 
 class Decoder(nn.Module):
@@ -147,7 +148,8 @@ class Decoder(nn.Module):
             rotation = cos_sin(positions, self.inv_freq, self.rope_factor, hidden.dtype)
         for layer, block in enumerate(self.blocks):
             hidden = block(hidden, rotation, None if attend is None else partial(attend, layer))
-        return self.norm(hidden)
+        normed: Tensor = self.norm(hidden)
+        return normed
 
     @property
     def head_weight(self) -> Tensor:

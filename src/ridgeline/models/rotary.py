@@ -72,7 +72,7 @@ def _llama3(value: float, scaling: dict[str, Any]) -> float:
     turns = scaling["original_max_position_embeddings"] * value / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
-    return (1 - smooth) * value / scaling["factor"] + smooth * value
+    return float((1 - smooth) * value / scaling["factor"] + smooth * value)
 
 
 def _yarn(plain: list[float], theta: float, rope_dim: int, scaling: dict[str, Any]) -> list[float]:
