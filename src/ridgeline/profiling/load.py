@@ -1,0 +1,214 @@
+"""Read a profiler trace: ``.json`` or ``.json.gz``, object or bare list, any schema generation, into a table.
+
+msgspec decodes only the fields that every analysis needs and leaves times and arguments as raw text.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ridgeline.errors import UserError
+from ridgeline.profiling.decimal_time import microseconds_to_ns
+from ridgeline.profiling.table import ANNOTATION_NAMES, Kind, TraceMeta, TraceTable, kind_of
+
+TRACE_SUFFIXES = (".json", ".json.gz")
+_RANK_IN_NAME = re.compile(r"rank[_-]?(\d+)", re.IGNORECASE)
+
+
+class _Event(msgspec.Struct, gc=False):
+    ph: str = ""
+    name: Any = ""
+    cat: str | None = None
+    pid: Any = None
+    tid: Any = None
+    ts: msgspec.Raw = msgspec.Raw(b"0")
+    dur: msgspec.Raw = msgspec.Raw(b"0")
+    args: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _File(msgspec.Struct):
+    traceEvents: list[_Event] | None = None
+    baseTimeNanoseconds: Any = 0
+    distributedInfo: Any = None
+    host_name: Any = None
+    ridgeline: Any = None
+
+
+def find_traces(where: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The trace files of a file, a folder of ranks (not searched below), or a list of files, by name.
+
+    Raises:
+        UserError: nothing there, or no trace in the folder.
+    """
+    if isinstance(where, (list, tuple)):
+        return [path for one in where for path in find_traces(one)]
+    path = Path(str(where))
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"trace {path}: no such file or folder")
+    found = sorted(file for file in path.iterdir() if file.name.endswith(TRACE_SUFFIXES) and file.is_file())
+    if not found:
+        raise UserError(f"trace folder {path}: holds no .json or .json.gz file")
+    return found
+
+
+def load_table(path: str | Path, stacks: bool = False) -> TraceTable:
+    """One rank's trace as a table. Python-stack events are left out unless ``stacks``.
+
+    Raises:
+        UserError: unreadable, truncated, or not a trace; one line that says which.
+    """
+    path = Path(path)
+    data = _read(path)
+    try:
+        file, repairs = _decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"trace {path}: not a whole profiler trace ({error}, of {len(data)} bytes)") from None
+    if file.traceEvents is None:
+        raise UserError(f"trace {path}: not a profiler trace (JSON without 'traceEvents')")
+    try:
+        return _table(path, file, repairs, len(data), stacks, bare=_is_list(data))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"trace {path}: {error}") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"trace {path}: the gzip stream is cut off or damaged ({error})") from None
+    except OSError as error:
+        raise UserError(f"trace {path}: cannot be read ({error.strerror or error})") from None
+
+
+def _decode(data: bytes) -> tuple[_File, tuple[str, ...]]:
+    """Decode, and when that fails once more after the known defects of writers are repaired; says which."""
+    try:
+        return _parse(data), ()
+    except (msgspec.DecodeError, UnicodeDecodeError) as first:
+        repaired, repairs = repair(data)
+        if not repairs:
+            raise first
+        return _parse(repaired), repairs
+
+
+def _parse(data: bytes) -> _File:
+    if _is_list(data):
+        return _File(traceEvents=msgspec.json.decode(data, type=list[_Event]))
+    return msgspec.json.decode(data, type=_File)
+
+
+def _is_list(data: bytes) -> bool:
+    return re.match(rb"\s*\[", data) is not None
+
+
+def repair(data: bytes) -> tuple[bytes, tuple[str, ...]]:
+    """Make text of real writers' defects JSON: bytes that are not UTF-8, control characters in strings, NaN and Inf."""
+    steps: dict[str, Callable[[bytes], bytes]] = {
+        "bytes that are not UTF-8 replaced": lambda raw: raw.decode("utf-8", "replace").encode(),
+        "control characters in strings replaced": lambda raw: raw.translate(_CONTROL_TO_SPACE),
+        "NaN and Infinity read as null": lambda raw: _NOT_FINITE.sub(rb"\1null", raw),
+    }
+    done = []
+    for what, step in steps.items():
+        after = step(data)
+        # Line feeds and tabs between tokens are lawful: only a change of length or of other bytes is a repair.
+        if after.split() != data.split() if what.startswith("control") else after != data:
+            done.append(what)
+        data = after
+    return data, tuple(done)
+
+
+_CONTROL_TO_SPACE = bytes(32 if code < 32 else code for code in range(256))
+_NOT_FINITE = re.compile(rb"([:,\[]\s*)[-+]?(?:nan|inf(?:inity)?)\b(?=\s*[,\]}])", re.IGNORECASE)
+
+
+def _table(path: Path, file: _File, repairs: tuple[str, ...], size: int, stacks: bool, bare: bool) -> TraceTable:
+    events, skipped = _timed(file.traceEvents or [], stacks)
+    category, categories = _codes([e.cat for e in events])
+    kind = np.array([kind_of(one) for one in categories], np.int8)[category]
+    name, names = _sorted_codes([e.name for e in events], str)
+    thread, threads = _sorted_codes([(e.pid, e.tid) for e in events], lambda one: (str(one[0]), str(one[1])))
+    start = microseconds_to_ns([e.ts for e in events]) + _integer(file.baseTimeNanoseconds)
+    end = start + microseconds_to_ns([e.dur for e in events])
+    ranges = np.fromiter((bool(ANNOTATION_NAMES.match(one)) for one in names), np.bool_, len(names))
+    if len(names):
+        kind[(kind == Kind.CPU_OP) & ranges[name]] = Kind.ANNOTATION
+    order = np.lexsort((name, thread, -end, start))
+    meta = _meta(path, file, skipped, repairs, size, bare)
+    args = [events[row].args for row in order.tolist()]
+    columns = (kind[order], name[order], thread[order], start[order], end[order])
+    return TraceTable(meta, names, threads, *columns, args)
+
+
+def _timed(events: list[_Event], stacks: bool) -> tuple[list[_Event], dict[str, int]]:
+    """The complete events, and how many of every other sort were left out (flows by category, instants, metadata)."""
+    kept = [e for e in events if e.ph == "X" and e.cat != "Trace" and (stacks or e.cat != "python_function")]
+    if len(kept) == len(events):
+        return kept, {}
+    other = Counter(f"{e.ph}:{e.cat or ''}" for e in events if e.ph != "X" or e.cat in ("Trace", "python_function"))
+    if stacks:
+        other.pop("X:python_function", None)
+    return kept, dict(sorted(other.items()))
+
+
+def _codes(values: list[Any]) -> tuple[NDArray[np.intp], list[Any]]:
+    """Small integers for hashable values in order of appearance, and the values."""
+    distinct = {value: at for at, value in enumerate(dict.fromkeys(values))}
+    return np.fromiter(map(distinct.__getitem__, values), np.intp, len(values)), list(distinct)
+
+
+def _sorted_codes(values: list[Any], text: Callable[[Any], Any]) -> tuple[NDArray[np.int32], tuple[Any, ...]]:
+    """Codes in the order of the values' text, so that sorting by code does not depend on the file."""
+    codes, distinct = _codes(values)
+    texts = [text(value) for value in distinct]
+    rank = {one: at for at, one in enumerate(sorted(set(texts)))}
+    return np.array([rank[one] for one in texts], np.int32)[codes], tuple(rank)
+
+
+def _meta(
+    path: Path, file: _File, skipped: dict[str, int], repairs: tuple[str, ...], size: int, bare: bool
+) -> TraceMeta:
+    info = file.distributedInfo if isinstance(file.distributedInfo, dict) else {}
+    ours = file.ridgeline
+    if isinstance(ours, str):
+        ours = json.loads(ours)
+    ours = ours if isinstance(ours, dict) else {}
+    in_name = _RANK_IN_NAME.search(path.name)
+    rank = _first_int(info.get("rank"), ours.get("rank"), in_name.group(1) if in_name else None)
+    return TraceMeta(
+        source=str(path),
+        rank=rank,
+        world=_first_int(info.get("world_size"), ours.get("world")),
+        host=file.host_name if isinstance(file.host_name, str) else None,
+        backend=info.get("backend"),
+        schema="list" if bare else "object",
+        ridgeline=ours,
+        skipped=skipped,
+        repairs=repairs,
+        raw_bytes=size,
+    )
+
+
+def _first_int(*candidates: Any) -> int | None:
+    for value in candidates:
+        if isinstance(value, (int, str)) and str(value).isdigit():
+            return int(value)
+    return None
+
+
+def _integer(value: Any) -> int:
+    return int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdigit()) else 0
