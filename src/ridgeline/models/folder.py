@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,21 +168,35 @@ def save(
     ``model`` is a decoder or its state (our names). ``tokenizer_files`` is a folder to copy tokenizer files from, or
     the files. Raises `JobError` when the disk refuses; nothing is then left behind and an older folder is untouched.
     """
+    state = model.state_dict() if isinstance(model, Decoder) else model
+    copies = _tokenizer_files(tokenizer_files)
+
+    def finish(folder: Path) -> None:
+        for file in copies:
+            shutil.copyfile(file, folder / file.name)
+        if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+            write_json(folder / "tokenizer_config.json", _tokenizer_config(folder / "tokenizer.json", config))
+
+    return write_folder(hf_state_dict(state, config), config, path, finish, shard_bytes)
+
+
+def write_folder(
+    tensors: dict[str, Tensor],
+    config: DecoderConfig,
+    path: str | Path,
+    finish: Callable[[Path], None],
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write tensors under their Hugging Face names and both configurations; ``finish`` adds the tokenizer's files."""
     target = Path(path)
     if target.exists() and not (target / "config.json").is_file() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not a model folder; it is not overwritten")
-    state = model.state_dict() if isinstance(model, Decoder) else model
-    tensors = hf_state_dict(state, config)
-    copies = _tokenizer_files(tokenizer_files)
     with replaced_folder(target) as folder:
         _write_tensors(tensors, folder, shard_bytes)
         dtype = str(_widest(tensor.dtype for tensor in tensors.values())).removeprefix("torch.")
         write_json(folder / "config.json", to_hf_config(config, dtype))
         write_json(folder / "generation_config.json", generation_config(config))
-        for file in copies:
-            shutil.copyfile(file, folder / file.name)
-        if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-            write_json(folder / "tokenizer_config.json", _tokenizer_config(folder / "tokenizer.json", config))
+        finish(folder)
     return target
 
 
