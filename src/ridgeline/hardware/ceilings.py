@@ -55,6 +55,7 @@ class Ceilings:
     quick: bool = False
     collective_ranks: int = 2
     buffer_bytes: int = 0  # of the bandwidth tests
+    process_bytes: int | None = None  # resident memory of a process that has done nothing but import torch
     gemm_by_size: dict[str, dict[str, float]] = field(default_factory=dict)  # dtype -> edge length -> FLOP/s
     seconds: float = 0.0  # the measurement took
     notes: tuple[str, ...] = ()  # what was not measured, and why
@@ -96,7 +97,7 @@ def ceilings(
 
     Args:
         refresh: measure even when the cache has an answer.
-        quick: smaller sizes and fewer repeats; a cached full measurement is preferred to a new quick one.
+        quick: if it comes to measuring, smaller sizes and fewer repeats. A cached record is used whichever it was.
         progress: called with a text and the fraction done.
         device: ``cpu`` or ``cuda``; default: the GPU when there is one.
         threads: CPU threads; default: the physical cores this process may use, whatever OMP_NUM_THREADS says.
@@ -110,18 +111,12 @@ def ceilings(
         cached, notice = _read(file, key)
         if notice:
             _tell(progress, notice)
-        if cached is not None and not refresh and (quick or not cached.quick):
+        if cached is not None and not refresh:
             return cached
         measured = _measure(key, quick, progress)
         if notice:
             measured = replace(measured, notes=(*measured.notes, notice))
         return _store(file, key, measured, progress)
-
-
-def measured_elsewhere(document: dict[str, Any]) -> bool:
-    """Whether a stored record is of another device or software than this process's: its ratios must not be mixed."""
-    key = cache_key(document.get("kind"), document.get("threads"))
-    return bool(document.get("device") != key["device"] or document.get("versions") != key["versions"])
 
 
 def cache_folder() -> Path:
@@ -202,6 +197,7 @@ def _measure(key: dict[str, Any], quick: bool, progress: Progress | None) -> Cei
         threads=key["threads"],
         quick=quick,
         buffer_bytes=alone["buffer_bytes"],
+        process_bytes=alone["process_bytes"],
         gemm_by_size=alone["gemm_by_size"],
         seconds=round(group["seconds"] + alone["seconds"], 2),
         notes=tuple(notes),

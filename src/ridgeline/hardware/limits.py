@@ -82,6 +82,19 @@ def usable_threads(root: Path = ROOT) -> int:
     return max(1, cores if quota is None else min(cores, math.ceil(quota)))
 
 
+def busy_and_total_seconds(root: Path = ROOT) -> tuple[float, float] | None:
+    """Seconds the allowed CPUs were busy (steal included) and in all, since boot; None when the kernel does not tell."""
+    allowed, busy, total = set(allowed_cpus() or ()), 0, 0
+    for line in (read_text(root / "proc/stat") or "").splitlines():
+        name, *ticks = line.split()
+        if name.startswith("cpu") and name[3:].isdigit() and (not allowed or int(name[3:]) in allowed):
+            counts = [int(tick) for tick in ticks[:8]]  # user nice system idle iowait irq softirq steal
+            total += sum(counts)
+            busy += sum(counts) - counts[3] - counts[4]
+    per_second = os.sysconf("SC_CLK_TCK") if total else 1
+    return (busy / per_second, total / per_second) if total else None
+
+
 def _quota(folder: Path) -> float | None:
     text = read_text(folder / "cpu.max")
     if text is not None:

@@ -7,15 +7,19 @@ working, one JSON document at the end.
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ridgeline.hardware.inventory import largest_cache_bytes, usable_memory_bytes
+from ridgeline.hardware.limits import ROOT, busy_and_total_seconds, read_text
 
 GIB = 1 << 30
 
@@ -36,6 +40,7 @@ EFFORTS = {
     ("cuda", "full"): Effort((1024, 2048, 4096, 8192, 16384), 10, 1.0, 8 * GIB),
     ("cuda", "quick"): Effort((2048, 4096, 8192), 5, 0.3, 2 * GIB),
 }
+DISTURBED = 0.1  # of the CPUs used by others: more than this and the figures come with a note
 PROBE = 256  # a first GEMM that tells whether the real sizes are affordable; reported only when none is
 BUFFER_OVER_CACHE = 8  # the buffer is at least this many times all of the largest cache
 
@@ -51,6 +56,7 @@ def main(arguments: list[str]) -> None:
 def measure(kind: str, effort: Effort) -> dict[str, Any]:
     """All single-device ceilings of ``kind``."""
     notes: list[str] = []
+    process_bytes, before = resident_bytes(), load()
     dtypes = ["fp32", "bf16", "int8"] if kind == "cpu" else ["fp32", "tf32", "bf16", "fp16", "fp8", "int8"]
     gemm: dict[str, dict[str, float]] = {}
     for index, dtype in enumerate(dtypes):
@@ -64,11 +70,17 @@ def measure(kind: str, effort: Effort) -> dict[str, Any]:
     bandwidth = bandwidths(kind, size, effort.repeats) if size else {"copy": None, "read": None}
     if not size:
         notes.append("bandwidth not measured: an eighth of the free memory is not larger than the caches")
+    share = others_share(before, load())
+    if kind == "cpu" and share is not None and share > DISTURBED:
+        notes.append(
+            f"other processes used {share:.0%} of the CPUs meanwhile: too low; measure again (--refresh) when quiet"
+        )
     return {
         "gemm_by_size": gemm,
         "copy_bytes_per_second": bandwidth["copy"],
         "read_bytes_per_second": bandwidth["read"],
         "buffer_bytes": size,
+        "process_bytes": process_bytes,
         "notes": notes,
     }
 
@@ -152,6 +164,26 @@ def best_seconds(work: Callable[[], Any], kind: str, repeats: int, budget: float
     return best
 
 
+def resident_bytes(root: Path = ROOT) -> int | None:
+    """Resident memory of this process now; None where the kernel does not tell."""
+    match = re.search(r"VmRSS:\s+(\d+) kB", read_text(root / "proc/self/status") or "")
+    return int(match[1]) * 1024 if match else None
+
+
+def load() -> tuple[float, float, float] | None:
+    """Busy and total seconds of the allowed CPUs, and this process's own."""
+    counts, own = busy_and_total_seconds(), os.times()
+    return (*counts, own.user + own.system) if counts else None
+
+
+def others_share(before: tuple[float, ...] | None, after: tuple[float, ...] | None) -> float | None:
+    """The part of the CPUs' time between two :func:`load` that went to other processes; None when unknown."""
+    if before is None or after is None or after[1] <= before[1]:
+        return None
+    busy, total, own = (late - early for late, early in zip(after, before, strict=True))
+    return max(0.0, (busy - own) / total)
+
+
 def cpu_seconds(work: Callable[[], Any]) -> float:
     """One call, by the wall clock."""
     began = time.perf_counter()
@@ -161,14 +193,15 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
 
 def cuda_seconds(work: Callable[[], Any], calls: int = 4) -> float:
     """Mean over a few calls between two events on the stream, so that a launch does not count as work."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    event: Any = torch.cuda.Event  # not typed by torch
+    start, end = event(enable_timing=True), event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
     for _ in range(calls):
         work()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
+    return float(start.elapsed_time(end)) / 1e3 / calls
 
 
 def tell(fraction: float, text: str) -> None:
