@@ -91,7 +91,9 @@ class Collectives:
 
     def _check(self, kind: str, tensor: torch.Tensor, reduces: bool = False) -> None:
         if not tensor.is_contiguous():
-            raise JobError(f"{kind}: tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous")
+            raise JobError(
+                f"{kind}: tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous"
+            )
         if reduces and tensor.dtype not in REDUCIBLE:
             raise JobError(f"{kind}: dtype {str(tensor.dtype).removeprefix('torch.')} cannot be reduced")
 
@@ -106,5 +108,10 @@ class Collectives:
 
 
 def _operation(op: str) -> dist.ReduceOp.RedOpType:
-    operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "avg": dist.ReduceOp.AVG}
+    operations = {
+        "sum": dist.ReduceOp.SUM,
+        "max": dist.ReduceOp.MAX,
+        "min": dist.ReduceOp.MIN,
+        "avg": dist.ReduceOp.AVG,
+    }
     return operations[op]

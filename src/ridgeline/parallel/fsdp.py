@@ -15,33 +15,34 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ridgeline.models.decoder import Decoder
 from ridgeline.parallel.mesh import Layout
 
 _WRAPPER_PREFIX = "_checkpoint_wrapped_module."
 
 
 def parallelize(
-    decoder: nn.Module,
+    decoder: Decoder,
     layout: Layout,
     *,
     dtype: torch.dtype,
     reshard_after_forward: bool = True,
     activation_checkpointing: bool = False,
-    compile_blocks: Callable[[nn.Module], object] | None = None,
-) -> nn.Module:
+    compile_blocks: Callable[[Decoder], object] | None = None,
+) -> Decoder:
     """Shard ``decoder`` (which has ``blocks``) in place over ``layout.mesh`` and return it.
 
     Afterwards parameters are DTensors. Collectives per step with g = blocks + 1 groups and A micro-steps:
     g reduce-scatters; 2gA - A all-gathers when resharding, gA when not.
     """
     if activation_checkpointing:
-        for index, block in enumerate(decoder.blocks):  # type: ignore[arg-type]
+        for index, block in enumerate(decoder.blocks):
             # Nothing in a block draws random numbers, so there is no generator state to restore in the recomputation.
-            decoder.blocks[index] = checkpoint_wrapper(block, preserve_rng_state=False)  # type: ignore[index,operator]
+            decoder.blocks[index] = checkpoint_wrapper(block, preserve_rng_state=False)
     if compile_blocks is not None:
         compile_blocks(decoder)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in decoder.blocks:  # type: ignore[union-attr]
+    for block in decoder.blocks:
         fully_shard(block, mesh=layout.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # The root's weights are needed first in backward: freeing them after forward would only gather them again.
     fully_shard(decoder, mesh=layout.mesh, mp_policy=policy, reshard_after_forward=False)

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ridgeline.errors import JobError, UserError
@@ -46,6 +47,10 @@ class Layout:
         return range(self.rank * share, (self.rank + 1) * share)
 
 
+class PeerLost(JobError):
+    """Another rank is gone or hangs; the cause is to be found there."""
+
+
 def outer_world() -> tuple[int, int] | None:
     """``(rank, world_size)`` that a launcher outside (torchrun, Slurm with torchrun) has set, or None."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
@@ -68,6 +73,10 @@ def joined(device_type: str = "cpu", timeout_seconds: float = COLLECTIVE_TIMEOUT
         _join(device_type, timedelta(seconds=timeout_seconds))
     try:
         yield _layout(device_type)
+    except RuntimeError as error:
+        if not _lost_peer(error):
+            raise
+        raise PeerLost(f"rank {dist.get_rank()} lost another rank: {str(error).splitlines()[0][:200]}") from None
     finally:
         if ours and dist.is_initialized():
             dist.destroy_process_group()
@@ -77,7 +86,7 @@ def _join(device_type: str, timeout: timedelta) -> None:
     backend = "nccl" if device_type == "cuda" else "gloo"
     world = outer_world()
     if world is None or world[1] == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     try:
         # env:// reuses the store that the agent hosts; a tcp:// address of our own would wait for nobody (pytorch#192113).
@@ -85,6 +94,10 @@ def _join(device_type: str, timeout: timedelta) -> None:
     except (RuntimeError, ValueError) as error:
         message = str(error).splitlines()[0]
         raise JobError(f"rank {world[0]}: no process group of {world[1]} processes: {message}") from None
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _layout(device_type: str) -> Layout:

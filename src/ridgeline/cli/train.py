@@ -1,0 +1,129 @@
+"""``ridgeline train CONFIG``: pretrain a model, or continue one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.table import Table
+
+from ridgeline.cli.common import JSON_OPTION, RUNS_OPTION, console, emit, new_app, verb
+from ridgeline.config import JobConfig, load_config
+from ridgeline.errors import UserError
+from ridgeline.runs import Run
+
+app = new_app("Pretrain a model, or continue one.")
+
+ARGUMENTS = typer.Argument(None, metavar="[CONFIG] [section.key=value ...]", help="TOML file, then overrides.")
+
+
+@app.command()
+@verb
+def train(
+    arguments: list[str] = ARGUMENTS,
+    procs: int = typer.Option(None, "--procs", min=1, help="Processes on this machine [default: parallel.procs]."),
+    resume: str = typer.Option(None, "--resume", metavar="RUN", help="Continue this run from its last checkpoint."),
+    init: str = typer.Option(None, "--init", metavar="MODEL", help="Start from this Hugging Face-layout folder."),
+    profile: bool = typer.Option(False, "--profile", help="Record a few steps of this run with the profiler."),
+    runs: Path = RUNS_OPTION,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Train a model on 1 or more local processes (or inside an outer torchrun).
+
+    Metrics, checkpoints, the exported model and the plan's prediction beside the measurement are left in a run.
+    SIGTERM and Ctrl-C write a checkpoint and end with exit code 0 and status "interrupted"; --resume continues.
+    """
+    overrides = _overrides(arguments, procs, init)
+    job = _job(arguments, overrides, resume, runs)
+    from ridgeline.profiling import ProfileSpec
+    from ridgeline.train import train as train_job
+
+    target = _resumed_in_place(job, resume, runs) if profile and resume else None
+    run = train_job(job, run=target, resume=resume, profile=ProfileSpec() if profile else None, runs_root=runs)
+    if _is_main():
+        _show(run, as_json)
+
+
+def _overrides(arguments: list[str] | None, procs: int | None, init: str | None) -> list[str]:
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    if procs is not None:
+        overrides.append(f"parallel.procs={procs}")
+    if init is not None:
+        overrides.append(f"model.init={init}")
+    return overrides
+
+
+def _job(arguments: list[str] | None, overrides: list[str], resume: str | None, runs: Path | None) -> JobConfig:
+    files = [argument for argument in arguments or [] if "=" not in argument]
+    if len(files) > 1:
+        raise UserError(f"one configuration at a time, got {', '.join(files)}")
+    if files:
+        return load_config(files[0], overrides)
+    if resume is None:
+        raise UserError("give a configuration (such as examples/demo.toml) or --resume RUN")
+    from ridgeline.train.start import continued_config
+
+    return continued_config(Run.open(resume, runs), overrides)
+
+
+def _resumed_in_place(job: JobConfig, resume: str, runs: Path | None) -> Run:
+    """``--resume --profile``: the profiled steps belong to the run that goes on."""
+    run = Run.open(resume, runs)
+    run.reopen()
+    run.save_json("config.json", job.model_dump(mode="json"))
+    return run
+
+
+def _is_main() -> bool:
+    from ridgeline.parallel.mesh import outer_world
+
+    return (outer_world() or (0, 1))[0] == 0
+
+
+def _show(run: Run, as_json: bool) -> None:
+    from ridgeline.plan import compare
+
+    rows = compare(run.load_json("prediction.json") or {}, run.summary)
+    if as_json:
+        emit({"run": run.id, "status": run.info["status"], "summary": run.summary, "predicted": rows})
+        return
+    out, summary = console(), run.summary
+    if run.info["status"] == "interrupted":
+        out.print(f"interrupted at step {summary.get('steps', 0)}; continue with: ridgeline train --resume {run.id}")
+    out.print(_figures(summary))
+    out.print(_comparison(rows))
+    out.print(f"MFU = {summary.get('mfu_formula')}; against {summary.get('mfu_denominator')}", style="dim")
+    if (run.path / "artifacts/model").is_dir():
+        out.print(f"model {run.path / 'artifacts/model'}")
+    out.print(f"run {run.id}")
+
+
+def _figures(summary: dict[str, Any]) -> str:
+    parts = [f"step {summary.get('steps')}", f"loss {_number(summary.get('final_loss'))}"]
+    if "validation_loss" in summary:
+        parts.append(f"validation loss {_number(summary['validation_loss'])}")
+    if summary.get("compile_seconds") is not None:
+        breaks, again = summary["graph_breaks"], summary["recompiles"]
+        parts.append(f"compiled in {summary['compile_seconds']:.1f} s, {breaks} graph breaks, {again} recompiles")
+    if summary.get("skipped_steps"):
+        parts.append(f"{summary['skipped_steps']} steps skipped")
+    return ", ".join(parts)
+
+
+def _comparison(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "predicted", "measured", "predicted / measured"):
+        table.add_column(name, justify="left" if not name else "right")
+    for row in rows:
+        cells = [_number(row["predicted"], row["unit"]), _number(row["measured"], row["unit"])]
+        table.add_row(row["name"], *cells, "-" if row["ratio"] is None else f"{row['ratio']:.2f}")
+    return table
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return "-"
+    if unit == "bytes":
+        return f"{value / 1e6:,.0f} MB"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
