@@ -43,6 +43,7 @@ from ridgeline.profiling.intervals import (
     Intervals,
     Times,
     close_gaps,
+    contains,
     covered,
     disjoint,
     empty,
@@ -50,6 +51,7 @@ from ridgeline.profiling.intervals import (
     merge,
     subtract,
     total,
+    union,
 )
 from ridgeline.profiling.load import find_traces, load_table
 from ridgeline.profiling.ops import op_times
@@ -230,8 +232,8 @@ def _exposed_by_collective(
 
 def _within(collectives: Collectives, low: Times, high: Times) -> Collectives:
     """Those that arrived inside a step."""
-    inside = ((collectives.arrival[:, None] >= low) & (collectives.arrival[:, None] < high)).any(axis=1)
-    names = tuple(name for name, keep in zip(collectives.names, inside.tolist(), strict=True) if keep)
+    inside = np.flatnonzero(contains(union(low, high), collectives.arrival))
+    names = tuple(collectives.names[at] for at in inside.tolist())
     return Collectives(names, *(x[inside] for x in _times(collectives)))
 
 

@@ -176,7 +176,9 @@ def _make_profiler(spec: ProfileSpec, on_trace_ready: Any) -> Any:
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     # Since torch 2.13: leave out the Python event objects, which nobody here reads and which make stopping slow.
-    config = _ExperimentalConfig(trace_only=True) if "trace_only" in (_ExperimentalConfig.__init__.__doc__ or "") else None
+    config = (
+        _ExperimentalConfig(trace_only=True) if "trace_only" in (_ExperimentalConfig.__init__.__doc__ or "") else None
+    )
     return profile(
         activities=activities,
         schedule=schedule(wait=spec.wait, warmup=spec.warmup, active=spec.active, repeat=1),

@@ -70,18 +70,25 @@ def load_table(path: str | Path, stacks: bool = False) -> TraceTable:
     Raises:
         UserError: unreadable, truncated, or not a trace; one line that says which.
     """
-    path = Path(path)
-    data = _read(path)
+    return parse_table(_read(Path(path)), str(path), stacks)
+
+
+def parse_table(data: bytes, source: str, stacks: bool = False) -> TraceTable:
+    """The table of a trace's (uncompressed) text; ``source`` names it in errors and gives the rank if nothing else does.
+
+    Raises:
+        UserError: truncated, or not a trace.
+    """
     try:
         file, repairs = _decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"trace {path}: not a whole profiler trace ({error}, of {len(data)} bytes)") from None
+        raise UserError(f"trace {source}: not a whole profiler trace ({error}, of {len(data)} bytes)") from None
     if file.traceEvents is None:
-        raise UserError(f"trace {path}: not a profiler trace (JSON without 'traceEvents')")
+        raise UserError(f"trace {source}: not a profiler trace (JSON without 'traceEvents')")
     try:
-        return _table(path, file, repairs, len(data), stacks, bare=_is_list(data))
+        return _table(source, file, repairs, len(data), stacks, bare=_is_list(data))
     except (ValueError, TypeError) as error:
-        raise UserError(f"trace {path}: {error}") from None
+        raise UserError(f"trace {source}: {error}") from None
 
 
 def _read(path: Path) -> bytes:
@@ -136,7 +143,7 @@ _CONTROL_TO_SPACE = bytes(32 if code < 32 else code for code in range(256))
 _NOT_FINITE = re.compile(rb"([:,\[]\s*)[-+]?(?:nan|inf(?:inity)?)\b(?=\s*[,\]}])", re.IGNORECASE)
 
 
-def _table(path: Path, file: _File, repairs: tuple[str, ...], size: int, stacks: bool, bare: bool) -> TraceTable:
+def _table(source: str, file: _File, repairs: tuple[str, ...], size: int, stacks: bool, bare: bool) -> TraceTable:
     events, skipped = _timed(file.traceEvents or [], stacks)
     category, categories = _codes([e.cat for e in events])
     kind = np.array([kind_of(one) for one in categories], np.int8)[category]
@@ -148,7 +155,7 @@ def _table(path: Path, file: _File, repairs: tuple[str, ...], size: int, stacks:
     if len(names):
         kind[(kind == Kind.CPU_OP) & ranges[name]] = Kind.ANNOTATION
     order = np.lexsort((name, thread, -end, start))
-    meta = _meta(path, file, skipped, repairs, size, bare)
+    meta = _meta(source, file, skipped, repairs, size, bare)
     args = [events[row].args for row in order.tolist()]
     columns = (kind[order], name[order], thread[order], start[order], end[order])
     return TraceTable(meta, names, threads, *columns, args)
@@ -180,17 +187,17 @@ def _sorted_codes(values: list[Any], text: Callable[[Any], Any]) -> tuple[NDArra
 
 
 def _meta(
-    path: Path, file: _File, skipped: dict[str, int], repairs: tuple[str, ...], size: int, bare: bool
+    source: str, file: _File, skipped: dict[str, int], repairs: tuple[str, ...], size: int, bare: bool
 ) -> TraceMeta:
     info = file.distributedInfo if isinstance(file.distributedInfo, dict) else {}
     ours = file.ridgeline
     if isinstance(ours, str):
         ours = json.loads(ours)
     ours = ours if isinstance(ours, dict) else {}
-    in_name = _RANK_IN_NAME.search(path.name)
+    in_name = _RANK_IN_NAME.search(Path(source).name)
     rank = _first_int(info.get("rank"), ours.get("rank"), in_name.group(1) if in_name else None)
     return TraceMeta(
-        source=str(path),
+        source=source,
         rank=rank,
         world=_first_int(info.get("world_size"), ours.get("world")),
         host=file.host_name if isinstance(file.host_name, str) else None,

@@ -39,7 +39,7 @@ def self_times(start: Times, end: Times, thread: NDArray[np.int32]) -> Times:
     the thread still open; a child's parent is the latest event one level up. For properly nested events the
     self times of a thread sum to the length of their union.
     """
-    own = np.maximum(end - start, 0)
+    own: Times = np.maximum(end - start, 0)
     timed = end > start  # an empty event has no time of its own and no children
     for one in np.unique(thread[timed]).tolist():
         rows = np.flatnonzero(timed & (thread == one))
@@ -49,13 +49,16 @@ def self_times(start: Times, end: Times, thread: NDArray[np.int32]) -> Times:
             parents = above[np.searchsorted(above, children) - 1]
             inside = np.clip(np.minimum(end[children], end[parents]) - start[children], 0, None)
             np.subtract.at(own, parents, inside)
-    return np.maximum(own, 0)
+    np.maximum(own, 0, out=own)
+    return own
 
 
-def _depths(start: Times, end: Times) -> NDArray[np.int64]:
+def _depths(start: Times, end: Times) -> Times:
     """How many earlier rows are open at each row's start. It rises by at most one from row to row, so a row of
     depth d > 0 always has an earlier row of depth d - 1."""
-    return np.arange(start.size) - np.searchsorted(np.sort(end), start, side="right")
+    closed = np.searchsorted(np.sort(end), start, side="right").astype(np.int64)
+    depth: Times = np.arange(start.size, dtype=np.int64) - closed
+    return depth
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ NEAR_CEILING_MFU = 0.6
 """Model FLOPs utilisation, against the measured GEMM ceiling, from which a step counts as near it."""
 WORTH_TRYING = 0.02
 """A knob predicted to save less than this share of the step is not proposed."""
+NO_KNOB = "No knob we know is predicted to save 2 % of it."
 
 SENTENCE = {
     "compute": "compute bounds the step",
@@ -43,12 +44,16 @@ WHAT = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Time that could be saved: ``gain_seconds`` per step by setting ``knob``, predicted as ``how`` says."""
+    """Time that could be saved: ``gain_seconds`` per step by setting ``knob``, predicted as ``how`` says.
+
+    ``at_most`` marks a bound: the whole of what the knob acts on, of which it may leave a part.
+    """
 
     part: str
     knob: str
     gain_seconds: float
     how: str
+    at_most: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,11 @@ class Case:
     def ours(self) -> bool:
         """Whether the knobs of our configuration apply."""
         return bool(self.config)
+
+    @property
+    def per(self) -> str:
+        """What a figure is counted over."""
+        return "per step" if self.breakdown.ranks[0].window == "step" else "of the capture"
 
     @property
     def accumulates(self) -> bool:
@@ -124,8 +134,9 @@ def verdict(
         bound = "balanced"
     best = findings[0] if findings else None
     if best is None:
-        return Verdict(bound, evidence, None, 0.0, f"{SENTENCE[bound]}: {evidence}. {_no_knob(bound)}", [])
-    advice = f"Try {best.knob}: saves about {best.gain_seconds:.4f} s per step ({best.how})"
+        return Verdict(bound, evidence, None, 0.0, f"{SENTENCE[bound]}: {evidence}. {NO_KNOB}", [])
+    amount = "up to" if best.at_most else "about"
+    advice = f"Try {best.knob}: saves {amount} {best.gain_seconds:.4f} s {case.per} ({best.how})"
     return Verdict(bound, evidence, best.knob, best.gain_seconds, f"{SENTENCE[bound]}: {evidence}. {advice}.", findings)
 
 
@@ -133,7 +144,7 @@ def _evidence(case: Case, bound: str, mfu: float | None) -> str:
     """The largest part, the runner-up, and what qualifies them."""
     step = case.breakdown.step_seconds or 1.0
     second = max((part for part in case.parts if part != bound), key=lambda part: case.parts[part])
-    text = f"{_share(case, bound, step)} of {step:.4f} s per step"
+    text = f"{_share(case, bound, step)} of {step:.4f} s {case.per}"
     if case.parts[second] >= 0.05 * step:
         text += f", then {_share(case, second, step)}"
     hidden = case.breakdown.hidden_seconds()
@@ -151,22 +162,36 @@ def _share(case: Case, part: str, step: float) -> str:
     return f"{case.parts[part] / step:.0%} {WHAT[part]} ({case.parts[part]:.4f} s)"
 
 
-def _no_knob(bound: str) -> str:
-    if bound == "balanced":
-        return "No knob is predicted to save 2 % of the step."
-    return "No knob of the configuration is predicted to save 2 % of the step."
-
-
 def _compile(case: Case) -> Iterator[Finding]:
-    """Eager blocks: Python between ops goes away, and fusion halves the traffic of what is not a matmul."""
+    """Eager blocks: compiled ones need less of the host and fuse what is not a matmul. Half of both is a guess
+    that the trace cannot check."""
     if case.breakdown.compiled or case.set_to("train.compile"):
         return
     overhead = case.by_phase("host", "forward", "backward", "other")
     compute = case.parts["compute"]
     elementwise = max(compute - case.breakdown.matmul_seconds(), 0.0) if compute else 0.0
-    how = f"{overhead:.4f} s of Python between ops, and half of {elementwise:.4f} s in ops that are not matmuls"
+    how = f"half of {overhead:.4f} s of host overhead and of {elementwise:.4f} s in ops that are not matmuls"
     knob = "train.compile=true" if case.ours else "torch.compile on the model's blocks"
-    yield Finding("host", knob, overhead + elementwise / 2, f"{how}; an upper bound")
+    yield Finding("host", knob, (overhead + elementwise) / 2, how)
+
+
+def _graphs(case: Case) -> Iterator[Finding]:
+    """A compiled model whose launches still starve the device: replay them as one graph."""
+    if case.ours or case.breakdown.device != "gpu" or not case.breakdown.compiled:
+        return
+    seconds = case.by_phase("host", "forward", "backward", "other")
+    knob = "torch.compile(mode='reduce-overhead')"
+    yield Finding("host", knob, seconds, f"{seconds:.4f} s the device waits for launches", at_most=True)
+
+
+def _late_rank(case: Case) -> Iterator[Finding]:
+    """A rank that does something else in every step makes the others wait that long."""
+    late = case.breakdown.straggler
+    if late:
+        what = f"removing what rank {late['rank']} does outside every op"
+        yield Finding(
+            "communication", what, late["idle_seconds"], "its median time per step without any event", at_most=True
+        )
 
 
 def _larger_micro_batch(case: Case) -> Iterator[Finding]:
@@ -211,7 +236,7 @@ def _faster_data(case: Case) -> Iterator[Finding]:
     """Data time is exposed by definition: it can at best fall to nothing."""
     seconds = case.parts["data"]
     knob = "data.path=FOLDER on a faster disk" if case.ours else "DataLoader(num_workers=N, prefetch_factor=2)"
-    yield Finding("data", knob, seconds, f"all {seconds:.4f} s the step waits for data; an upper bound")
+    yield Finding("data", knob, seconds, f"all {seconds:.4f} s the step waits for data", at_most=True)
 
 
 def _no_recompute(case: Case) -> Iterator[Finding]:
@@ -247,12 +272,14 @@ def _pinned_copies(case: Case) -> Iterator[Finding]:
     if case.ours or case.breakdown.device != "gpu":
         return
     seconds = case.parts["memory_copies"]
-    how = f"all {seconds:.4f} s of exposed copies move under compute; an upper bound"
-    yield Finding("memory_copies", "pin_memory=True with non_blocking copies", seconds, how)
+    how = f"all {seconds:.4f} s of exposed copies move under compute"
+    yield Finding("memory_copies", "pin_memory=True with non_blocking copies", seconds, how, at_most=True)
 
 
 RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     _compile,
+    _graphs,
+    _late_rank,
     _larger_micro_batch,
     _keep_parameters,
     _one_process,
