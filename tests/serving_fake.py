@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import logging
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -187,3 +191,32 @@ def wait_for(condition: Any, seconds: float = 5.0) -> None:
         if time.monotonic() > deadline:
             raise AssertionError("condition not met in time")
         time.sleep(0.005)
+
+
+def main() -> int:
+    """A whole server process: ``serving_fake.py RUNS '{"port": 0, "step_seconds": 0.1, "load_seconds": 1}'``."""
+    from ridgeline.errors import JobError, UserError
+    from ridgeline.serving.server import raise_for, serve
+
+    runs, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    speed = {key: options.pop(key) for key in ("step_seconds", "prefill_seconds") if key in options}
+    load_seconds, load_error = options.pop("load_seconds", 0), options.pop("load_error", None)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    def load() -> FakeEngine:
+        time.sleep(load_seconds)
+        if load_error:
+            raise UserError(load_error)
+        return FakeEngine(**speed)
+
+    try:
+        ready = lambda serving: print(serving.url, flush=True)
+        raise_for(serve(load, ServeSettings(name="fake", **options), runs_root=runs, on_ready=ready))
+    except (UserError, JobError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
+
 from serving_fake import FakeEngine, Running, answer, running
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving_fake import FakeEngine, Running, answer, running, wait_for
 
 from ridgeline.serving.engine_thread import EngineFailed, EngineThread
+from serving_fake import FakeEngine, Running, answer, running, wait_for
 
 
 def post(server: Running, **body: Any) -> httpx.Response:

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from serving_fake import FakeEngine, Running, running, wait_for
 
 

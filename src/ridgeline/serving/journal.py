@@ -43,9 +43,13 @@ class Journal:
             self._rows += 1
             self._guard(lambda: self._run.log(**record.row()))
 
-    def close(self) -> None:
-        """Write the summary."""
+    def finish(self, status: str, error: str | None) -> None:
+        """Write the summary and close the run."""
         self._guard(lambda: self._run.summarize(**self.summary()))
+        # Rows a full disk did not take make the first close fail; the second finds the file closed.
+        for _ in range(2):
+            if self._run.info["status"] == "running":
+                self._guard(lambda: self._run.finish(status, error))
 
     def summary(self) -> dict[str, Any]:
         """Counts by status and percentiles over the answered requests, seconds."""

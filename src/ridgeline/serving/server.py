@@ -80,9 +80,8 @@ def serve(
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(supervisor.main())
         stuck = not thread.stop()
-        journal.close()
         outcome = Outcome(run, server.aborted, stuck, thread.error)
-        run.finish(*_status(outcome))
+        journal.finish(*_status(outcome))
     return outcome
 
 

@@ -45,15 +45,26 @@ class Target:
 
 
 class Reply:
-    """The answer being parsed: httptools callbacks. ``on_body`` gets each piece with its arrival time."""
+    """The answer being parsed: httptools' callbacks. ``on_body(status, piece)`` gets each piece as it arrives."""
 
-    def __init__(self, on_body: Callable[[bytes], None]) -> None:
+    def __init__(self, on_body: Callable[[int, bytes], None]) -> None:
+        self.parser = httptools.HttpResponseParser(self)
         self.done = False
-        self.keep_alive = True
-        self.on_body = on_body
+        self.keep_alive = False
+        self.status = 0
+        self._on_body = on_body
+
+    def on_headers_complete(self) -> None:
+        """httptools callback."""
+        self.status = int(self.parser.get_status_code())
+
+    def on_body(self, piece: bytes) -> None:
+        """httptools callback."""
+        self._on_body(self.status, piece)
 
     def on_message_complete(self) -> None:
-        """httptools callback."""
+        """httptools callback. Only here does the parser still know whether the connection stays open."""
+        self.keep_alive = bool(self.parser.should_keep_alive())
         self.done = True
 
 
@@ -78,19 +89,18 @@ class Connection:
             head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
         try:
             self._writer.write(head.encode("latin-1") + b"\r\n" + body)
-            reply = Reply(lambda piece: on_body(parser.get_status_code(), piece))
-            parser = httptools.HttpResponseParser(reply)
+            reply = Reply(on_body)
             while not reply.done:
                 data = await self._reader.read(65536)
                 if not data:
                     raise EOFError("connection closed in the middle of an answer")
-                parser.feed_data(data)
+                reply.parser.feed_data(data)
         except BaseException:
             self.close()
             raise
-        if not parser.should_keep_alive():
+        if not reply.keep_alive:
             self.close()
-        return int(parser.get_status_code())
+        return reply.status
 
     async def _open(self) -> None:
         if self._writer is not None and not self._writer.is_closing() and not self._at_eof():
