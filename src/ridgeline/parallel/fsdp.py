@@ -32,8 +32,7 @@ def parallelize(
 ) -> Decoder:
     """Shard ``decoder`` (which has ``blocks``) in place over ``layout.mesh`` and return it.
 
-    Afterwards parameters are DTensors. Collectives per step with g = blocks + 1 groups and A micro-steps:
-    g reduce-scatters; 2gA - A all-gathers when resharding, gA when not.
+    Afterwards parameters are DTensors; :func:`collectives_per_step` says what a step then sends.
     """
     if activation_checkpointing:
         for index, block in enumerate(decoder.blocks):
@@ -60,10 +59,24 @@ def accumulate(decoder: nn.Module, last: bool) -> None:
 
 
 def sum_gradients(decoder: nn.Module) -> None:
-    """Switch FSDP2's own division by the world size off: the loss is divided by the global token count instead."""
-    if isinstance(decoder, FSDPModule):
-        decoder.set_gradient_divide_factor(1.0)
-        decoder.set_force_sum_reduction_for_comms(True)
+    """Switch FSDP2's own division by the world size off: the loss is divided by the global token count instead.
+
+    The setting does not reach the groups below a module, so every group gets it.
+    """
+    for module in decoder.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def collectives_per_step(groups: int, micro_steps: int, reshard_after_forward: bool) -> tuple[int, int]:
+    """``(all-gathers, reduce-scatters)`` of one optimiser step; ``groups`` = blocks + 1.
+
+    Every group is gathered for the first forward. With resharding the blocks are gathered again in each backward,
+    but between micro-steps backward leaves them whole, so only the first forward of a step gathers.
+    """
+    again = (groups - 1) * micro_steps if reshard_after_forward else 0
+    return groups + again, groups
 
 
 def clean_name(name: str) -> str:
@@ -91,7 +104,7 @@ def local_rows(parameter: torch.Tensor) -> tuple[int, torch.Tensor]:
 
 def full_state(decoder: nn.Module) -> dict[str, torch.Tensor]:
     """Whole parameters by clean name. A collective: every rank must call it."""
-    return {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in named_parameters(decoder)}
+    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in named_parameters(decoder)}
 
 
 @torch.no_grad()
