@@ -39,7 +39,7 @@ class ProfileSpec:
         UserError: a negative count, or no step to record.
     """
 
-    wait: int = 3
+    wait: int = 4
     warmup: int = 1
     active: int = 3
     with_stack: bool = False

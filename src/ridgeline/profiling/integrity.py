@@ -14,6 +14,13 @@ from ridgeline.profiling.table import Kind, Mask, TraceTable
 _LAUNCH = re.compile(r"(Launch(?!HostFunc)|Memcpy|Memset)", re.IGNORECASE)
 _MEMSET = re.compile(r"Memset", re.IGNORECASE)
 _CAPTURE_EDGE = re.compile(r"Stream(Begin|End)Capture", re.IGNORECASE)
+MEANING = {
+    "elided_memset": "memsets of nothing, elided by the driver",
+    "graph_capture": "recorded into a graph, not run",
+    "lost": "lost by the profiler",
+    "carry_over": "launched before the capture",
+    "unexplained": "unexplained",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,25 @@ def examine(table: TraceTable, launched: NDArray[np.intp], low: Times, high: Tim
         negative_durations=int((table.end < table.start).sum()),
         notes=_notes(table, numbers),
     )
+
+
+def describe(integrity: Integrity, step_seconds: float, steps: int) -> list[str]:
+    """What a reader must know before trusting the figures, one line each; empty when nothing is missing."""
+    lines = list(integrity.notes)
+    if integrity.steps_expected is not None and integrity.steps_recorded < integrity.steps_expected:
+        lines.append(f"only {integrity.steps_recorded} of {integrity.steps_expected} steps were recorded")
+    if integrity.steps_missing:
+        lines.append(f"steps {integrity.steps_missing} are missing between the recorded ones")
+    for name, count in integrity.launches_without_kernel.items():
+        lines.append(f"{count} launches without a device event: {MEANING[name]}")
+    for name, count in integrity.kernels_without_launch.items():
+        lines.append(f"{count} device events without a launch: {MEANING[name]}")
+    late = integrity.device_ns_after_last_step / 1e9
+    if late > 0.05 * step_seconds * steps:
+        lines.append(f"the device still worked {late:.4f} s after the last step: its host runs ahead of it")
+    if integrity.negative_durations:
+        lines.append(f"{integrity.negative_durations} events end before they start and were ignored")
+    return lines
 
 
 def missing_ranks(held: list[int], world: int) -> list[int]:

@@ -232,6 +232,15 @@ def _one_process(case: Case) -> Iterator[Finding]:
     yield Finding("communication", "parallel.procs=1", seconds, how)
 
 
+def _accumulate(case: Case) -> Iterator[Finding]:
+    """A foreign job that reduces gradients after every pass can reduce them after every second one."""
+    seconds = case.parts["communication"]
+    if case.ours or seconds < 0.2 * case.breakdown.step_seconds:
+        return
+    how = f"half of {seconds:.4f} s of exposed communication per pass; doubles the batch of an update"
+    yield Finding("communication", "accumulating gradients over two passes (no_sync)", seconds / 2, how)
+
+
 def _faster_data(case: Case) -> Iterator[Finding]:
     """Data time is exposed by definition: it can at best fall to nothing."""
     seconds = case.parts["data"]
@@ -283,6 +292,7 @@ RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     _larger_micro_batch,
     _keep_parameters,
     _one_process,
+    _accumulate,
     _faster_data,
     _no_recompute,
     _low_precision,
