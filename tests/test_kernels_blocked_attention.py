@@ -63,15 +63,20 @@ def test_no_row_sees_the_future():
     assert torch.equal(before[:, :cut], after[:, :cut]) and not torch.equal(before[:, cut:], after[:, cut:])
 
 
-@pytest.mark.parametrize("unit, seq, blocked", [(False, 512, True), (True, 512, False), (False, 64, False)])
-def test_the_dispatcher_blocks_compiled_long_sequences_without_matrix_units(monkeypatch, unit, seq, blocked):
+@pytest.mark.parametrize("allowed, seq, blocked", [(True, 512, True), (False, 512, False), (True, 64, False)])
+def test_the_dispatcher_blocks_compiled_long_sequences_where_allowed(allowed, seq, blocked):
     seen = []
-    monkeypatch.setattr(room, "_matrix_unit", torch.compiler.assume_constant_result(lambda: unit))
 
     def backend(graph, _):
         seen.append(str(graph.graph))
         return graph.forward
 
     q = torch.randn(1, seq, 2, 16)
-    torch.compile(attention, backend=backend, fullgraph=True)(q, q, q)
+    torch.compile(attention, backend=backend, fullgraph=True)(q, q, q, None, allowed)
     assert ("scaled_dot_product_attention" not in seen[0]) == blocked
+
+
+def test_it_pays_where_there_are_no_matrix_units(monkeypatch):
+    for features, pays in (({"amx_tile": True}, False), ({"amx_tile": False}, True), ({}, True)):
+        monkeypatch.setattr(room, "cpu_inventory", lambda features=features: {"features": features})
+        assert room.blocked_pays.__wrapped__() == pays

@@ -14,7 +14,7 @@ VERBS = {
     "demo": "the whole line on embedded defaults: text, model, profile, endpoint, report",
     "env": "devices and their measured ceilings",
     "data": "build a token dataset from raw text; ask why a document was dropped",
-    "models": "import, inspect and convert models",
+    "models": "import GGUF files, inspect models",
     "plan": "parameters, FLOPs, memory and time before running",
     "train": "pretrain a model, or continue one",
     "profile": "where a training step's time goes, and what to try",

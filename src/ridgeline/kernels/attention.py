@@ -8,6 +8,8 @@ A window of ``w`` lets position ``i`` see ``i - w + 1 .. i``.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,13 +22,14 @@ from ridgeline.kernels.blocked_attention import blocked_attention
 BLOCKED_SEQ = 256
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, blocked: bool = False) -> Tensor:
     """Causal self-attention over one sequence from its start.
 
     ``q`` ``[batch, seq, heads, head_dim]``, ``k`` and ``v`` ``[batch, seq, kv_heads, head_dim]`` -> as ``q``.
+    ``blocked`` allows the blocked form where it wins (see `blocked_pays`): compiled, on a CPU, from `BLOCKED_SEQ` on.
     """
     seq, grouped = q.shape[1], q.shape[2] != k.shape[2]
-    if torch.compiler.is_compiling() and q.device.type == "cpu" and seq >= BLOCKED_SEQ and not _matrix_unit():
+    if blocked and torch.compiler.is_compiling() and q.device.type == "cpu" and seq >= BLOCKED_SEQ:
         return blocked_attention(q, k, v, window)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     mask = None if window is None or seq <= window else causal_mask(seq, window, q.device)
@@ -34,10 +37,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Ten
     return out.transpose(1, 2)
 
 
-@torch.compiler.assume_constant_result
-def _matrix_unit() -> bool:
-    """Whether this CPU has AMX tiles, which torch's fused kernel is built for."""
-    return bool(cpu_inventory()["features"].get("amx_tile"))
+@functools.cache
+def blocked_pays() -> bool:
+    """Whether this CPU lacks AMX tiles, which torch's fused kernel is built for."""
+    return not cpu_inventory()["features"].get("amx_tile")
 
 
 def causal_mask(seq: int, window: int | None, device: torch.device) -> Tensor:

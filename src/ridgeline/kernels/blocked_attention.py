@@ -10,6 +10,7 @@ two GEMMs, as in the unfused formula; softmax and all sums are in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None
 
     The same function as `attention.attention`; it pays from a few hundred positions on.
     """
-    out, _ = _BlockedAttention.apply(q, k, v, window)
-    return out
+    apply: Callable[..., tuple[Tensor, Tensor]] = _BlockedAttention.apply
+    return apply(q, k, v, window)[0]
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -115,7 +116,7 @@ def _transposed_times(a: Tensor, b: Tensor) -> Tensor:
 
 def _scores(block: Tensor, keys: Tensor, first: int, low: int, window: int | None) -> Tensor:
     """Masked, scaled scores of a block of rows in fp32: ``[n, group, rows, keys]``."""
-    scores = _times(block, keys.transpose(-1, -2)).float() * block.shape[-1] ** -0.5
+    scores: Tensor = _times(block, keys.transpose(-1, -2)).float() * block.shape[-1] ** -0.5
     row = torch.arange(first, first + block.shape[2], device=keys.device)[:, None]
     column = torch.arange(low, low + keys.shape[1], device=keys.device)[None]
     hidden = column > row

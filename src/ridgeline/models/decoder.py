@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ridgeline.kernels.attention import attention
+from ridgeline.kernels.attention import attention, blocked_pays
 from ridgeline.kernels.cross_entropy import linear_cross_entropy
 from ridgeline.kernels.gelu import gelu
 from ridgeline.kernels.layer_norm import layer_norm
@@ -48,6 +48,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.window = window
+        self.blocked = blocked_pays()  # asked here because a traced forward cannot look at the machine
         self.interleaved = config.rope_interleaved
         width = self.heads * self.head_dim
         self.qkv = nn.Linear(config.hidden_size, width + 2 * self.kv_heads * self.head_dim, bias=config.qkv_bias)
@@ -63,7 +64,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation, self.interleaved), rotate(k, *rotation, self.interleaved)
-        mixed = attention(q, k, v, self.window) if attend is None else attend(q, k, v)
+        mixed = attention(q, k, v, self.window, self.blocked) if attend is None else attend(q, k, v)
         out: Tensor = self.out(mixed.flatten(2))
         return out
 

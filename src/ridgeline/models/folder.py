@@ -51,7 +51,7 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None, device: str |
     folder = find_folder(path)
     config = load_config(folder)
     with _tensors(folder) as (index, read):
-        wanted = _dtype(dtype) or _widest(read(name).dtype for name in index)
+        wanted = parse_dtype(dtype) or _widest(read(name).dtype for name in index)
         try:
             state = gather(index, read, config, wanted)
         except UserError as error:
@@ -83,7 +83,8 @@ def find_folder(path: str | Path) -> Path:
         raise UserError(f"no folder {path}, and the Hugging Face hub answered: {reason}") from None
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """bf16, fp16 or fp32 as torch's type; anything else of type str is a `UserError`."""
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise UserError(f"dtype '{dtype}' is not supported (valid: {', '.join(DTYPES)})")
@@ -247,14 +248,15 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
-        return
+    mode = 0o666 & ~_umask()
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, {"format": "pt"})
+        (folder / file).chmod(mode)  # safetensors makes files that only their owner may read
         weight_map |= dict.fromkeys(shard, file)
+    if len(shards) == 1:
+        return
     total = sum(tensor.nbytes for tensor in tensors.values())
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ridgeline.errors import UserError, nearest
 from ridgeline.models.config import FAMILIES, DecoderConfig
-from ridgeline.models.folder import SHARD_BYTES, write_folder, write_json
+from ridgeline.models.folder import parse_dtype, write_folder, write_json
 from ridgeline.models.gguf_tokenizer import tokenizer_documents
 from ridgeline.models.names import Rule, rules
 from ridgeline.models.rotary import inverse_frequencies
@@ -39,7 +39,26 @@ INNER: dict[str, tuple[str, ...]] = {
 }
 OUTER = {"embed": "token_embd", "positions": "position_embd", "norm": "output_norm", "head": "output"}
 UNDERSTOOD = frozenset(
-    ["block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout"]
+    [
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "vocab_size",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.layer_norm_rms_epsilon",
+        "attention.layer_norm_epsilon",
+        "rope.freq_base",
+        "rope.dimension_count",
+        "rope.scaling.type",
+        "rope.scaling.factor",
+        "rope.scaling.original_context_length",
+        "rope.scaling.finetuned",
+        "tensor_data_layout",
+    ]
 )
 NEUTRAL: dict[str, Any] = {
     "expert_count": 0,
@@ -83,7 +102,7 @@ def resolve(reference: str | Path) -> Path:
 def import_gguf(
     source: str | Path,
     target: str | Path,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: str | torch.dtype = "bf16",
     progress: Callable[[int, int], None] | None = None,
 ) -> Import:
     """Write ``target`` (a folder `load` and transformers read) from one GGUF file.
@@ -96,7 +115,8 @@ def import_gguf(
     gguf = GGUF(file)
     config = gguf.config()
     documents = tokenizer_documents(gguf.values, config)
-    tensors = gguf.tensors(config, dtype, progress)
+    kind = parse_dtype(dtype) or torch.bfloat16
+    tensors = gguf.tensors(config, kind, progress)
 
     def finish(folder: Path) -> None:
         for name, document in documents.items():
@@ -105,15 +125,15 @@ def import_gguf(
             else:
                 write_json(folder / name, document)
 
-    path = write_folder(tensors, config, target, finish, SHARD_BYTES)
-    kinds = [tensor.tensor_type.name for tensor in gguf.stored.values()]
+    path = write_folder(tensors, config, target, finish)
+    stored = [tensor.tensor_type.name for tensor in gguf.stored.values()]
     return Import(
         path=path,
         config=config,
         parameters=config.num_parameters,
         source_bytes=file.stat().st_size,
-        quantizations={kind: kinds.count(kind) for kind in sorted(set(kinds))},
-        dtype=str(dtype).removeprefix("torch."),
+        quantizations={name: stored.count(name) for name in sorted(set(stored))},
+        dtype=str(kind).removeprefix("torch."),
         seconds=time.perf_counter() - started,
     )
 
