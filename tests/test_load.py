@@ -40,6 +40,7 @@ class Script:
     fail: dict[int, str] = field(default_factory=dict)
     dribble: bool = False
     text: str = "ab"
+    close_after: int = 0  # answers on one connection, after which it is closed without notice
 
 
 class ScriptedServer:
@@ -74,8 +75,9 @@ class ScriptedServer:
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        answered = 0
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            while True:
+            while not answered or answered != self.script.close_after:
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = re.search(rb"content-length: (\d+)", head)
                 body = await reader.readexactly(int(length[1])) if length else b""
@@ -83,6 +85,7 @@ class ScriptedServer:
                     await self._plain(writer, 200, {"data": [{"id": "scripted"}]})
                 else:
                     await self._generate(writer, json.loads(body))
+                    answered += 1
         writer.close()
 
     async def _plain(self, writer: asyncio.StreamWriter, status: int, document: Any) -> None:
@@ -224,6 +227,13 @@ def test_errors_by_kind() -> None:
     assert exchanges[1].detail == "scripted 500" and exchanges[4].detail == "scripted failure"
 
 
+def test_a_server_that_closes_idle_connections_costs_no_request() -> None:
+    with scripted(close_after=3) as server:
+        exchanges, _, _ = run(server, requests=10, concurrency=1)
+    assert [item.error for item in exchanges] == [None] * 10
+    assert server.connections == 1 + 4
+
+
 def test_a_request_that_takes_too_long() -> None:
     with scripted(first=5.0) as server:
         exchanges, seconds, _ = run(server, requests=2, concurrency=2, timeout=0.2)
@@ -336,6 +346,8 @@ def test_the_run_it_leaves(tmp_path: Path) -> None:
     assert made.kind == "load" and made.info["status"] == "done"
     assert len(made.metrics()) == 5 and made.metrics()[1]["error"] == "http_500"
     assert made.summary["model"] == "scripted" and made.summary["errors"] == 1
+    times = made.load_json("latencies.json")
+    assert times and [len(times[key]) for key in ("ttft", "itl", "e2e")] == [4, 12, 4] and times["ttft"][0] < 1
     assert "secret" not in (made.path / "config.json").read_text()
     page = (made.path / "artifacts" / "latency.html").read_text()
     assert "Time to first token" in page and not re.search(r'<script[^>]+src="?http', page)
@@ -354,7 +366,7 @@ def test_the_verb_against_the_real_server(tmp_path: Path) -> None:
         done = subprocess.run([*command, *options, "--json"], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         shown = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60)
-    document = json.loads(done.stdout)
+    document = json.loads(done.stdout)["summary"]
     assert (document["requests"], document["completed"], document["errors"]) == (12, 12, 0)
     assert document["completion_tokens"] == 12 * 9 and document["goodput"] > 0
     assert document["itl_p50"] >= 0.004

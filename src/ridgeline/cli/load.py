@@ -65,7 +65,7 @@ def load(
     )
     run = _run(settings, runs)
     if as_json:
-        emit({"run": run.id, "path": str(run.path), **run.summary})
+        emit({"run": run.id, "path": str(run.path), "summary": run.summary})
     else:
         _print(run, run.summary)
 

@@ -54,7 +54,7 @@ class Journal:
     def summary(self) -> dict[str, Any]:
         """Counts by status and percentiles over the answered requests, seconds."""
         names = ("requests", "prompt_tokens", "completion_tokens")
-        figures: dict[str, Any] = {name: self._totals[name] for name in names}
+        figures: dict[str, Any] = {"model": self._run.info["name"], **{name: self._totals[name] for name in names}}
         figures["statuses"] = {k[7:]: v for k, v in sorted(self._totals.items()) if k.startswith("status_")}
         figures["seconds"] = round(time.monotonic() - self._began, 3)
         figures.update(percentiles(self._ttft, "ttft"))

@@ -68,6 +68,10 @@ class Reply:
         self.done = True
 
 
+class _ClosedBeforeAnswer(EOFError):
+    """The connection ended without a byte of the answer."""
+
+
 class Connection:
     """One keep-alive connection; `post` and `get` reopen it when the server closed it."""
 
@@ -82,31 +86,49 @@ class Connection:
         Raises:
             OSError: could not connect, or the connection broke. EOFError: closed in the middle of the answer.
         """
-        await self._open()
-        assert self._reader is not None and self._writer is not None
         head = f"{method} {self._target.prefix}{path} HTTP/1.1\r\n{self._target.headers}"
         if body:
             head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        data = head.encode("latin-1") + b"\r\n" + body
+        reused = await self._open()
         try:
-            self._writer.write(head.encode("latin-1") + b"\r\n" + body)
-            reply = Reply(on_body)
-            while not reply.done:
-                data = await self._reader.read(65536)
-                if not data:
-                    raise EOFError("connection closed in the middle of an answer")
-                reply.parser.feed_data(data)
+            try:
+                return await self._exchange(data, on_body)
+            except _ClosedBeforeAnswer:
+                if not reused:
+                    raise
+                # An idle connection that the server closed as we wrote: nothing was answered, so send it afresh.
+                self.close()
+                await self._open()
+                return await self._exchange(data, on_body)
         except BaseException:
             self.close()
             raise
+
+    async def _exchange(self, data: bytes, on_body: Callable[[int, bytes], None]) -> int:
+        assert self._reader is not None and self._writer is not None
+        self._writer.write(data)
+        reply = Reply(on_body)
+        received = False
+        while not reply.done:
+            piece = await self._reader.read(65536)
+            if not piece:
+                if received:
+                    raise EOFError("connection closed in the middle of an answer")
+                raise _ClosedBeforeAnswer("connection closed before an answer")
+            received = True
+            reply.parser.feed_data(piece)
         if not reply.keep_alive:
             self.close()
         return reply.status
 
-    async def _open(self) -> None:
+    async def _open(self) -> bool:
+        """Connect unless connected; True when an open connection is used again."""
         if self._writer is not None and not self._writer.is_closing() and not self._at_eof():
-            return
+            return True
         context = ssl.create_default_context() if self._target.tls else None
         self._reader, self._writer = await asyncio.open_connection(self._target.host, self._target.port, ssl=context)
+        return False
 
     def _at_eof(self) -> bool:
         return self._reader is None or self._reader.at_eof()

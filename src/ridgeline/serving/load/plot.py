@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ridgeline.runs import write_atomic
+from ridgeline.serving.load.stats import samples
 from ridgeline.serving.load.workload import Exchange
-
-MOST_GAPS = 20_000  # a plot of more points is slow in the browser and shows nothing more
 
 
 def write_plot(path: Path, exchanges: Sequence[Exchange], summary: dict[str, Any]) -> None:
@@ -19,17 +18,11 @@ def write_plot(path: Path, exchanges: Sequence[Exchange], summary: dict[str, Any
 
     good = [item for item in exchanges if item.error is None]
     bad = [item for item in exchanges if item.error is not None]
-    gaps = [gap for item in good for gap in item.gaps]
-    stride = max(1, len(gaps) // MOST_GAPS)
+    times = samples(exchanges)
     titles = ("Time to first token", "Inter-token latency", "End to end", "Over the test")
     figure = make_subplots(rows=2, cols=2, subplot_titles=titles)
-    curves = (
-        (1, 1, "TTFT", [item.ttft for item in good if item.ttft is not None], "ttft"),
-        (1, 2, "ITL", sorted(gaps)[::stride], "itl"),
-        (2, 1, "end to end", [item.total for item in good], "e2e"),
-    )
-    for row, column, name, values, key in curves:
-        x, y = _cumulative(values)
+    for row, column, name, key in ((1, 1, "TTFT", "ttft"), (1, 2, "ITL", "itl"), (2, 1, "end to end", "e2e")):
+        x, y = _cumulative(times[key])
         figure.add_trace(go.Scatter(x=x, y=y, mode="lines", line_shape="hv", name=name), row=row, col=column)
         figure.update_xaxes(title_text="milliseconds", rangemode="tozero", row=row, col=column)
         figure.update_yaxes(title_text="share of all", range=[0, 1.02], row=row, col=column)
@@ -56,9 +49,8 @@ def write_plot(path: Path, exchanges: Sequence[Exchange], summary: dict[str, Any
     write_atomic(path, figure.to_html(include_plotlyjs=True, full_html=True))
 
 
-def _cumulative(values: Sequence[float]) -> tuple[list[float], list[float]]:
+def _cumulative(ordered: Sequence[float]) -> tuple[list[float], list[float]]:
     """Milliseconds and the share of values at or below them."""
-    ordered = sorted(values)
     return [value * 1000 for value in ordered], [(rank + 1) / len(ordered) for rank in range(len(ordered))]
 
 

@@ -14,7 +14,7 @@ import msgspec
 from ridgeline.errors import JobError
 from ridgeline.runs import Run
 from ridgeline.serving.load.client import Connection, Target, exchange
-from ridgeline.serving.load.stats import summarize
+from ridgeline.serving.load.stats import samples, summarize
 from ridgeline.serving.load.workload import Exchange, LoadSettings, arrivals, bodies
 
 Progress = Callable[[int], None]
@@ -33,13 +33,22 @@ def load_test(settings: LoadSettings, *, runs_root: str | Path | None = None, pr
         model, exchanges, seconds = asyncio.run(measure(settings, progress))
         for item in sorted(exchanges, key=lambda item: item.sent):
             run.log(**item.row())
-        summary = {"url": settings.url, "model": model, **summarize(exchanges, seconds, settings)}
+        described = {"url": settings.url, "model": model, "description": describe(settings)}
+        summary = {**described, **summarize(exchanges, seconds, settings)}
         run.summarize(**summary)
+        run.save_json("latencies.json", samples(exchanges))
         write_plot(run.artifact("latency.html"), exchanges, summary)
         if not summary["completed"]:
             first = next((f"{e.error}: {e.detail}" for e in exchanges if e.error), "no request was sent")
             raise JobError(f"{settings.url}: none of {len(exchanges)} requests was answered ({first})")
     return run
+
+
+def describe(settings: LoadSettings) -> str:
+    """One line: what was sent, and how."""
+    loop = f"{settings.concurrency} clients" if settings.rate is None else f"{settings.rate:g} arrivals/s (Poisson)"
+    what = f"{'chat' if settings.chat else 'completion'} requests of up to {settings.max_tokens} tokens"
+    return f"{loop}, {what}{'' if settings.stream else ', not streamed'}"
 
 
 async def measure(settings: LoadSettings, progress: Progress | None = None) -> tuple[str, list[Exchange], float]:

@@ -10,6 +10,7 @@ from typing import Any
 from ridgeline.serving.load.workload import Exchange, LoadSettings
 
 LEVELS = (50, 90, 99)
+MOST_GAPS = 20_000  # a plot of more points is slow in the browser and shows nothing more
 
 
 def percentile(values: Sequence[float], level: float) -> float:
@@ -57,6 +58,17 @@ def summarize(exchanges: Sequence[Exchange], seconds: float, settings: LoadSetti
         **percentiles((gap for e in good for gap in e.gaps), "itl"),
         **percentiles((e.total for e in good), "e2e"),
         **_goodput(good, span, settings),
+    }
+
+
+def samples(exchanges: Sequence[Exchange]) -> dict[str, list[float]]:
+    """The measured times of good requests, sorted, seconds: ``ttft``, ``itl`` (thinned evenly when many), ``e2e``."""
+    good = [exchange for exchange in exchanges if exchange.error is None]
+    gaps = sorted(gap for exchange in good for gap in exchange.gaps)
+    return {
+        "ttft": sorted(exchange.ttft for exchange in good if exchange.ttft is not None),
+        "itl": gaps[:: max(1, len(gaps) // MOST_GAPS)],
+        "e2e": sorted(exchange.total for exchange in good),
     }
 
 
