@@ -11,6 +11,8 @@ from ridgeline.runs import Run
 from ridgeline.train.source import Batches
 from ridgeline.train.step import Outcome
 
+NAMED = 4  # documents in the line of error; the file beside the batch has them all
+
 
 def keep_batch(run: Run, batches: Batches, step: int, outcome: Outcome) -> str:
     """Save the step's global batch below the run and return the line that names it. Rank 0 only."""
@@ -35,8 +37,8 @@ def _values(outcome: Outcome) -> dict[str, str]:
 def _name(samples: list[dict[str, Any]]) -> str:
     indices = ", ".join(str(sample["sample"]) for sample in samples)
     documents = sorted({document for sample in samples for document in sample["documents"]})
-    shown = ", ".join(str(document) for document in documents[:12])
-    more = f" and {len(documents) - 12} more" if len(documents) > 12 else ""
+    shown = ", ".join(documents[:NAMED])
+    more = f" and {len(documents) - NAMED} more" if len(documents) > NAMED else ""
     return f"samples {indices} (documents {shown}{more})"
 
 
