@@ -4,7 +4,7 @@ Pure functions of a configuration and of the device's ceilings. Nothing here imp
 """
 
 from ridgeline.plan.calibration import Calibration
-from ridgeline.plan.compare import compare
+from ridgeline.plan.comparison import compare
 from ridgeline.plan.estimates import Speculation, megatron_flops, speculation, training_seconds, utilisation_warning
 from ridgeline.plan.flops import FlopCount, flops_per_token
 from ridgeline.plan.job import Plan, plan_job

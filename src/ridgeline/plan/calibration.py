@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ridgeline.hardware.ceilings import cache_folder
+from ridgeline.hardware.measured import cache_folder
 from ridgeline.runs import write_atomic
 
 if TYPE_CHECKING:
