@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 8 * 2**20  # logits in flight: 16 MiB in bf16
 MIN_CHUNK_ROWS = 256  # fewer rows make slow GEMMs, and a pass over the head's gradient for each
@@ -72,6 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable  # the gradients are constants by then: a second derivative would be wrong, so it is refused
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         scale = grads[0]

@@ -133,6 +133,13 @@ class Decoder(nn.Module):
             values = inverse_frequencies(self.config.rope_theta, self.config.rope_dim, self.config.rope_scaling)
             self.inv_freq = torch.tensor(values, dtype=torch.float32, device=device or self.embed.weight.device)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        """As every module's, but a cast to bf16 must not reach the frequencies: far positions would blur."""
+        super()._apply(fn, recurse)
+        if self.inv_freq is not None and self.inv_freq.dtype != torch.float32:
+            self.init_buffers(self.inv_freq.device)
+        return self
+
     def forward(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """Hidden states after the final norm.
 
