@@ -26,11 +26,12 @@ def write_plot(path: Path, exchanges: Sequence[Exchange], summary: dict[str, Any
         figure.add_trace(go.Scatter(x=x, y=y, mode="lines", line_shape="hv", name=name), row=row, col=column)
         figure.update_xaxes(title_text="milliseconds", rangemode="tozero", row=row, col=column)
         figure.update_yaxes(title_text="share of all", range=[0, 1.02], row=row, col=column)
-        for level in (50, 90, 99):
+        for rank, level in enumerate((50, 90, 99)):
             value = summary.get(f"{key}_p{level}")
             if value is not None:
-                label = f"p{level} {value * 1000:.1f}"
-                figure.add_vline(x=value * 1000, line_dash="dot", annotation_text=label, row=row, col=column)
+                # one label below the other: percentiles often stand close together
+                note = {"annotation_text": f"p{level} {value * 1000:.1f}", "annotation_yshift": -150 - 18 * rank}
+                figure.add_vline(x=value * 1000, line_dash="dot", line_width=1, row=row, col=column, **note)
     for items, name, symbol in ((good, "answered", "circle"), (bad, "failed", "x")):
         figure.add_trace(
             go.Scatter(
