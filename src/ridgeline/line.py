@@ -8,8 +8,8 @@ knows of them.
 from __future__ import annotations
 
 import json
+import selectors
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -126,7 +126,7 @@ def _use_the_models(
             transcript = _complete(url, prompt)
             _load(line, url, quick)
         return samples, transcript
-    smollm2 = line.verb("import", "models", "import", SMOLLM2, "models/smollm2", "--force")["path"]
+    smollm2 = line.verb("import", "models", "import", SMOLLM2, "models/smollm2")["model"]
     question = CHAT[0]
     answer = line.verb(
         "generate SmolLM2", "generate", smollm2, question, "--chat", "--temperature", "0", "--max-tokens", "24"
@@ -143,46 +143,41 @@ def _use_the_models(
 @contextmanager
 def _served(line: Line, model: str, port: int | None, options: Sequence[str]) -> Iterator[str]:
     """``ridgeline serve`` in the background for the length of the block; drained with SIGTERM after it."""
-    port = port or _free_port()
-    command = ["serve", model, "--port", str(port), *options]
+    command = ["serve", model, "--port", str(port or 0), *options]
     line.announce(" ".join(["ridgeline", *command, "&"]))
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ridgeline", *command, "--runs", str(line.runs), "--json"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    url = f"http://127.0.0.1:{port}"
+    full = [sys.executable, "-m", "ridgeline", *command, "--runs", str(line.runs), "--json"]
+    process = subprocess.Popen(full, stdout=subprocess.PIPE, text=True)
     try:
-        _wait_until_ready(process, url)
-        ready = time.perf_counter() - started
-        yield url
+        ready = _wait_until_ready(process)  # its one line of JSON: url, model, run
+        line.stages.append(Stage("serve", " ".join(["ridgeline", *command]), time.perf_counter() - started, ready))
+        yield ready["url"]
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            out, _ = process.communicate(timeout=DRAIN_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise JobError(f"the server at {url} did not drain within {DRAIN_SECONDS} s") from None
+        _drain(process)
+
+
+def _wait_until_ready(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        if not selector.select(READY_SECONDS):
+            raise JobError(f"the server was not ready within {READY_SECONDS} s")
+    text = process.stdout.readline()
+    if not text:
+        raise JobError(f"the server ended with exit code {process.wait()} before it was ready")
+    document: dict[str, Any] = json.loads(text)
+    return document
+
+
+def _drain(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.communicate(timeout=DRAIN_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise JobError(f"the server did not drain within {DRAIN_SECONDS} s") from None
     if process.returncode:
-        raise JobError(f"the server at {url} ended with exit code {process.returncode}")
-    line.stages.append(Stage("serve", " ".join(["ridgeline", *command]), ready, json.loads(out)))
-
-
-def _wait_until_ready(process: subprocess.Popen[str], url: str) -> None:
-    import httpx
-
-    deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise JobError(f"the server for {url} ended with exit code {process.returncode} before it was ready")
-        try:
-            if httpx.get(f"{url}/health/ready", timeout=2).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass  # not listening yet
-        time.sleep(0.2)
-    raise JobError(f"the server at {url} was not ready within {READY_SECONDS} s")
+        raise JobError(f"the server ended with exit code {process.returncode} after SIGTERM")
 
 
 def _complete(url: str, prompt: str) -> list[dict[str, str]]:
@@ -235,13 +230,12 @@ def _report(overall: Run, line: Line) -> Path:
 
 
 def _document(overall: Run, line: Line, report: Path, total: float) -> dict[str, Any]:
-    by_name = {stage.name: stage.document for stage in line.stages}
-    train, load = by_name["train"].get("summary", {}), by_name["load"].get("summary", {})
+    train, profile, load = (_summary(line, name) for name in ("train", "profile", "load"))
     figures = {
         "validation_loss": train.get("validation_loss"),
         "train_tokens_per_second": train.get("tokens_per_second"),
         "mfu": train.get("mfu"),
-        "verdict": by_name["profile"].get("summary", {}).get("verdict"),
+        "verdict": profile.get("verdict"),
         "serve_tokens_per_second": load.get("tokens_per_second"),
         "ttft_p50": load.get("ttft_p50"),
         "load_errors": load.get("errors"),
@@ -256,10 +250,9 @@ def _document(overall: Run, line: Line, report: Path, total: float) -> dict[str,
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _summary(line: Line, name: str) -> dict[str, Any]:
+    document = next(stage.document for stage in line.stages if stage.name == name)
+    return Run.open(document["run"], line.runs).summary
 
 
 def _quoted(part: str) -> str:
