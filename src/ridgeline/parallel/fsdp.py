@@ -69,6 +69,16 @@ def sum_gradients(decoder: nn.Module) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def release(decoder: nn.Module) -> None:
+    """Free what a forward without a backward has left gathered.
+
+    Until then ``decoder.parameters()`` are the compute copies, in the compute precision, and not the masters.
+    """
+    for module in decoder.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def collectives_per_step(groups: int, micro_steps: int, reshard_after_forward: bool) -> tuple[int, int]:
     """``(all-gathers, reduce-scatters)`` of one optimiser step; ``groups`` = blocks + 1.
 

@@ -11,7 +11,7 @@ from torch.profiler import record_function
 from ridgeline.config import JobConfig
 from ridgeline.kernels.cross_entropy import linear_cross_entropy
 from ridgeline.parallel.collectives import Collectives
-from ridgeline.parallel.fsdp import accumulate
+from ridgeline.parallel.fsdp import accumulate, release
 from ridgeline.parallel.norm import clip_factor, global_norm, gradients, scale_
 from ridgeline.train.optimizer import set_learning_rate
 from ridgeline.train.state import TrainState
@@ -83,4 +83,5 @@ def evaluate(state: TrainState, tokens: torch.Tensor, micro_batch: int) -> torch
         hidden = decoder(part[:, :-1]).detach()
         with torch.no_grad():
             total += linear_cross_entropy(hidden, decoder.head_weight, part[:, 1:].contiguous(), decoder.head_bias)
+    release(decoder)
     return total
