@@ -135,7 +135,7 @@ class Decoder(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
         """As every module's, but a cast to bf16 must not reach the frequencies: far positions would blur."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.inv_freq is not None and self.inv_freq.dtype != torch.float32:
             self.init_buffers(self.inv_freq.device)
         return self
