@@ -17,8 +17,10 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,7 +100,7 @@ class StepProfiler:
         self.path.unlink(missing_ok=True)  # a stale trace must not pass for this capture
         self._profiler = _make_profiler(self.spec, self._write)
         self._describe()
-        with stdout_to_stderr():
+        with without_noise():
             self._profiler.start()
         self._begun = time.perf_counter()
         return self
@@ -109,12 +111,13 @@ class StepProfiler:
             return
         self._steps += 1
         spec = self.spec
-        if self._steps in (1, spec.wait, spec.wait + spec.warmup, spec.total_steps):
-            _synchronize()  # at the edges only: work in flight belongs to the steps that issued it
+        edge = self._steps in (1, spec.wait, spec.wait + spec.warmup, spec.total_steps)
+        if edge:
+            _synchronize()  # here only: work in flight belongs to the steps that issued it
         if 1 < self._steps <= spec.wait:
             self._untraced.append(time.perf_counter() - self._begun)
         self._describe()
-        with stdout_to_stderr():
+        with without_noise() if edge else contextlib.nullcontext():
             self._profiler.step()
             if self._steps >= spec.total_steps:
                 self._stop()
@@ -123,8 +126,12 @@ class StepProfiler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._discard = kind is not None
-        with stdout_to_stderr():
+        recorded = self._steps - self.spec.wait - self.spec.warmup
+        self._discard = kind is not None or recorded < 1
+        if self._profiler is not None and not self._discard:
+            # What the profiler counts as one more step is only the way from the last step() to here.
+            self._profiler.add_metadata_json("ridgeline_recorded", str(recorded))
+        with without_noise():
             self._stop()
         if kind is None and not self.path.is_file():
             needed = self.spec.wait + self.spec.warmup + 1
@@ -210,18 +217,33 @@ def _compress(plain: Path, packed: Path) -> None:
             os.fsync(sink.fileno())
 
 
+NOISE = re.compile(rb"USDT:|.*kineto_shim\\.cpp")
+
+
 @contextlib.contextmanager
-def stdout_to_stderr() -> Iterator[None]:
-    """Send the process's file descriptor 1 to 2 for a moment: the profiler's C++ prints lines that Python cannot catch."""
-    sys.stdout.flush()
-    try:
-        saved = os.dup(1)
-    except OSError:  # no stdout at all
-        yield
-        return
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
+def without_noise() -> Iterator[None]:
+    """Keep what the profiler's C++ prints, past Python, off both streams; what is not its noise goes to stderr after.
+
+    stdout belongs to the caller's result (``--json``), so nothing printed meanwhile may reach it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    with tempfile.TemporaryFile() as sink, contextlib.ExitStack() as undo:
+        for descriptor in (1, 2):
+            try:
+                saved = os.dup(descriptor)
+            except OSError:  # closed
+                continue
+            undo.callback(os.close, saved)
+            undo.callback(os.dup2, saved, descriptor)
+            os.dup2(sink.fileno(), descriptor)
+        try:
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            undo.close()
+            sink.seek(0)
+            for line in sink.read().splitlines(keepends=True):
+                if not NOISE.match(line):
+                    os.write(2, line)

@@ -31,6 +31,9 @@ SHELL = re.compile(
     r"autograd::engine::evaluate_function|torch::autograd::|.*Backward\d*$|Torch-Compiled Region|CompiledFunction|"
     r"TorchDynamo Cache Lookup|Pregraph bytecode|AOTDispatcher |RegisterPostBackwardFunction"
 )
+LIBRARY_OP = re.compile(r".*::|.*cpp_fused")
+"""Ops of the dispatcher (``aten::mm``, ``mine::op``) and inductor's C++ kernels. A name without either is a Python
+autograd function or a range: what it computes, it computes in ops of its own."""
 SYNCHRONIZE = re.compile(r"Synchronize", re.IGNORECASE)
 STEP = re.compile(r"ProfilerStep#?(\d+)?")
 _FALLBACK = {
@@ -78,8 +81,13 @@ def _first_name(table: TraceTable, pattern: re.Pattern[str]) -> str:
 
 
 def step_rows(table: TraceTable) -> NDArray[np.intp]:
-    """Rows of the profiler's step ranges on the host, in time order."""
-    return np.flatnonzero(table.is_kind(Kind.ANNOTATION) & table.named(STEP.match))
+    """Rows of the profiler's whole step ranges on the host, in time order.
+
+    A capture of ours that its loop cut short says how many steps it completed; the fragment after them is no step.
+    """
+    rows = np.flatnonzero(table.is_kind(Kind.ANNOTATION) & table.named(STEP.match))
+    whole = table.meta.ridgeline.get("recorded")
+    return rows if whole is None else rows[:whole]
 
 
 def transfer_threads(table: TraceTable) -> set[int]:
@@ -181,7 +189,7 @@ def cpu_compute(table: TraceTable, threads: list[int]) -> Intervals:
     """Where these threads computed: ops and compiled graphs, without shells, Python between ops, and collectives."""
     named = table.named
     candidates = table.is_kind(Kind.CPU_OP, Kind.ANNOTATION)
-    ops = table.is_kind(Kind.CPU_OP) & ~named(SHELL.match) & ~named(COLLECTIVE_OP.match)
+    ops = table.is_kind(Kind.CPU_OP) & named(LIBRARY_OP.match) & ~named(SHELL.match) & ~named(COLLECTIVE_OP.match)
     calls = candidates & named(COMPILED_CALL.match)
     if not calls.any():
         calls = candidates & named(COMPILED_REGION.match)

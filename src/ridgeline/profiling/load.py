@@ -43,6 +43,7 @@ class _File(msgspec.Struct):
     distributedInfo: Any = None
     host_name: Any = None
     ridgeline: Any = None
+    ridgeline_recorded: Any = None
 
 
 def find_traces(where: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -193,7 +194,9 @@ def _meta(
     ours = file.ridgeline
     if isinstance(ours, str):
         ours = json.loads(ours)
-    ours = ours if isinstance(ours, dict) else {}
+    ours = dict(ours) if isinstance(ours, dict) else {}
+    if isinstance(file.ridgeline_recorded, int):
+        ours["recorded"] = file.ridgeline_recorded
     in_name = _RANK_IN_NAME.search(Path(source).name)
     rank = _first_int(info.get("rank"), ours.get("rank"), in_name.group(1) if in_name else None)
     return TraceMeta(

@@ -127,22 +127,18 @@ def judge(run: Run) -> Profiled:
     world = int((run.config.get("parallel") or {}).get("procs", 1))
     _await_ranks(folder, world)
     breakdown = analyze(folder)
-    return Profiled(
-        run,
-        breakdown,
-        verdict(breakdown, config=run.config, mfu=untraced_mfu(run), ceilings=run.load_json("ceilings.json")),
-    )
+    mfu = untraced_mfu(run, int(breakdown.ranks[0].meta.get("wait") or 0))
+    answer = verdict(breakdown, config=run.config, mfu=mfu, ceilings=run.load_json("ceilings.json"))
+    return Profiled(run, breakdown, answer)
 
 
-def untraced_mfu(run: Run) -> float | None:
-    """Utilisation of the steady steps: of the run that was resumed, else of this run's own steps before tracing."""
+def untraced_mfu(run: Run, wait: int) -> float | None:
+    """Utilisation of steps without tracing: of the run that was resumed, else of this run's first ``wait`` but one."""
     for parent in run.info.get("parents") or []:
         summary = run.path.parent / parent / "summary.json"
         if summary.is_file():
             return Run.open(summary.parent).summary.get("mfu")
-    lines = [line for line in run.metrics() if line.get("mfu") is not None]
-    wait = ProfileSpec().wait
-    values = [line["mfu"] for line in lines[1:wait]]
+    values = [line["mfu"] for line in run.metrics()[1:wait] if line.get("mfu") is not None]
     return statistics.median(values) if values else None
 
 
