@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ridgeline.profiling.intervals import Times, covered
+from ridgeline.profiling.intervals import Times, clip, total
 from ridgeline.profiling.table import Kind, Mask, TraceTable
 
 _LAUNCH = re.compile(r"(Launch(?!HostFunc)|Memcpy|Memset)", re.IGNORECASE)
@@ -131,7 +131,7 @@ def _kernels_without_launch(table: TraceTable, launched: NDArray[np.intp]) -> di
 
 def _after(table: TraceTable, moment: int) -> int:
     busy = table.intervals(table.device_rows)
-    return int(covered(busy, np.array([moment]), np.array([np.iinfo(np.int64).max]))[0])
+    return total(clip(busy, moment, max(moment, int(busy.end[-1])))) if busy.end.size else 0
 
 
 def _notes(table: TraceTable, numbers: list[int]) -> list[str]:
