@@ -21,6 +21,7 @@ from typing import Any
 
 import uvicorn
 
+from ridgeline.errors import JobError, UserError
 from ridgeline.serving.app import create_app
 from ridgeline.serving.endpoint import Endpoint
 from ridgeline.serving.engine_thread import EngineThread
@@ -44,7 +45,7 @@ class FakeTokenizer:
 
     def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if messages[0]["role"] == "assistant":
-            raise RuntimeError("a chat starts with a user")
+            raise UserError("a chat starts with a user")
         return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
 
 
@@ -195,7 +196,6 @@ def wait_for(condition: Any, seconds: float = 5.0) -> None:
 
 def main() -> int:
     """A whole server process: ``serving_fake.py RUNS '{"port": 0, "step_seconds": 0.1, "load_seconds": 1}'``."""
-    from ridgeline.errors import JobError, UserError
     from ridgeline.serving.server import raise_for, serve
 
     runs, options = Path(sys.argv[1]), json.loads(sys.argv[2])

@@ -205,6 +205,7 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
 REFUSED = [
     ({"prompt": "x", "best_of": 3}, "best_of"),
     ({"prompt": "x", "suffix": "end"}, "suffix"),
+    ({"prompt": "x", "echo": True, "logprobs": 1}, "echo"),
     ({"prompt": "x", "presence_penalty": 0.5}, "presence_penalty"),
     ({"prompt": "x", "frequency_penalty": -1}, "frequency_penalty"),
     ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias"),

@@ -125,6 +125,9 @@ def completion_call(body: Mapping[str, Any], model: str) -> Call:
     _check_model(values, model)
     if "prompt" not in values:
         raise invalid("prompt: required", "prompt", "missing_field")
+    if values.get("echo") and "logprobs" in values:
+        message = "echo: not supported together with logprobs (the engine gives none for prompt tokens)"
+        raise invalid(message, "echo", "unsupported")
     return Call(
         id=f"cmpl-{uuid.uuid4().hex[:24]}",
         chat=False,

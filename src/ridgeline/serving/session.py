@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from ridgeline.errors import UserError
+from ridgeline.inference import Request, SamplingParams
 from ridgeline.serving.calls import Call
 from ridgeline.serving.endpoint import Endpoint
 from ridgeline.serving.engine_thread import Arrival, EngineFailed, QueueFull, Ticket
@@ -61,7 +62,7 @@ class Session:
         try:
             return str(tokenizer.apply_chat_template(self.call.messages, add_generation_prompt=True))
         except Exception as error:  # a template is the model's own program; what it refuses is the client's input
-            raise invalid(f"messages: the model's chat template refused them ({error})", "messages") from None
+            raise invalid(f"messages: {error}", "messages", "template_refused") from None
 
     async def _tokens(self, prompt: str | list[int]) -> list[int]:
         """Token ids of one prompt."""
@@ -79,10 +80,11 @@ class Session:
         return tokens
 
     async def _encode(self, text: str) -> list[int]:
-        tokenizer = self.endpoint.engine.tokenizer
+        encode = self.endpoint.engine.tokenizer.encode
+        special = not self.call.chat  # a rendered template holds its own special tokens
         if len(text) <= INLINE_CHARACTERS:
-            return list(tokenizer.encode(text))
-        return list(await asyncio.to_thread(tokenizer.encode, text))
+            return list(encode(text, special))
+        return list(await asyncio.to_thread(encode, text, special))
 
     def _check_count(self, prompts: int) -> None:
         """Refuse what could never fit, even on an idle server."""
@@ -119,8 +121,6 @@ class Session:
 
     async def _requests(self, index: int, tokens: list[int], limit: int, prompt: str | list[int]) -> list[Any]:
         """The engine requests of one prompt, and their empty choices."""
-        from ridgeline.inference import Request, SamplingParams
-
         call = self.call
         echo = ""
         if call.echo:
