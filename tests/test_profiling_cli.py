@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ridgeline.errors import UserError
-from ridgeline.profiling import profile_target
+from ridgeline.errors import JobError, UserError
+from ridgeline.profiling import profile_target, record
 from ridgeline.runs import Run
 from test_profiling_synthetic import CPU_STEP, text
 
@@ -111,6 +111,21 @@ def test_runs_of_other_kinds_are_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="kind data"):
         profile_target(run.id, runs_root=tmp_path)
+
+
+def test_a_run_profiled_in_place_keeps_its_own_step_time(tmp_path: Path) -> None:
+    """``train --profile``: the traced seconds go beside the untraced median, never over it."""
+    with Run.create("train", root=tmp_path, config={"train": {"compile": True}}) as run:
+        run.artifact("traces/rank0.json.gz").write_bytes(gzip.compress(text(CPU_STEP)))
+        run.summarize(step_seconds=0.5)
+    result = record(run)
+    assert run.summary["step_seconds"] == 0.5
+    assert run.summary["profiled_step_seconds"] == pytest.approx(0.01)
+    assert set(run.summary["parts"]) == {"compute", "communication", "data", "optimizer", "host", "idle"}
+    assert run.summary["verdict"] == result.verdict.line
+    empty = Run.create("profile", root=tmp_path)
+    with pytest.raises(JobError, match="holds no trace"):
+        record(empty)
 
 
 @pytest.mark.slow

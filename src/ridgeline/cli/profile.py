@@ -128,5 +128,6 @@ def remarks(breakdown: Any) -> list[str]:
         lines.append("what tracing itself costs is not known: no untraced step was timed")
     else:
         traced, untraced = human_seconds(cost["traced_seconds"]), human_seconds(cost["untraced_seconds"])
-        lines.append(f"tracing costs {cost['overhead']:+.1%}: {traced} per traced step, {untraced} untraced")
+        share = f"tracing costs {cost['overhead']:.1%}" if cost["overhead"] > 0 else "tracing costs less than the noise"
+        lines.append(f"{share}: {traced} per traced step, {untraced} untraced")
     return lines

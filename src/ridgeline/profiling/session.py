@@ -124,8 +124,8 @@ def judge(run: Run) -> Profiled:
         raise JobError(
             f"run {run.id} ({run.info['status']}) holds no trace: {run.info.get('error') or 'nothing was recorded'}"
         )
-    world = int((run.config.get("parallel") or {}).get("procs", 1))
-    _await_ranks(folder, world)
+    if "RANK" in os.environ:
+        _await_ranks(folder, int(os.environ.get("WORLD_SIZE", "1")))
     breakdown = analyze(folder)
     mfu = untraced_mfu(run, int(breakdown.ranks[0].meta.get("wait") or 0))
     answer = verdict(breakdown, config=run.config, mfu=mfu, ceilings=run.load_json("ceilings.json"))

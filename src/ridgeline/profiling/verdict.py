@@ -145,6 +145,8 @@ def _evidence(case: Case, bound: str, mfu: float | None) -> str:
     step = case.breakdown.step_seconds or 1.0
     second = max((part for part in case.parts if part != bound), key=lambda part: case.parts[part])
     text = f"{_share(case, bound, step)} of {step:.4f} s {case.per}"
+    if bound == "compute" and case.breakdown.matmul_seconds():
+        text += f", {min(case.breakdown.matmul_seconds() / case.parts[bound], 1):.0%} of it in matrix multiplications"
     if case.parts[second] >= 0.05 * step:
         text += f", then {_share(case, second, step)}"
     hidden = case.breakdown.hidden_seconds()
