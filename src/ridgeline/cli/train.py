@@ -36,13 +36,18 @@ def train(
     """
     overrides = _overrides(arguments, procs, init)
     job = _job(arguments, overrides, resume, runs)
+    from ridgeline.parallel.mesh import outer_world
     from ridgeline.profiling import ProfileSpec
     from ridgeline.train import train as train_job
+    from ridgeline.train.worker import leave
 
     target = _resumed_in_place(job, resume, runs) if profile and resume else None
     run = train_job(job, run=target, resume=resume, profile=ProfileSpec() if profile else None, runs_root=runs)
-    if _is_main():
+    rank, world = outer_world() or (0, 1)
+    if rank == 0:
         _show(run, as_json)
+    if world > 1:
+        leave(0)
 
 
 def _overrides(arguments: list[str] | None, procs: int | None, init: str | None) -> list[str]:
@@ -75,12 +80,6 @@ def _resumed_in_place(job: JobConfig, resume: str, runs: Path | None) -> Run:
     return run
 
 
-def _is_main() -> bool:
-    from ridgeline.parallel.mesh import outer_world
-
-    return (outer_world() or (0, 1))[0] == 0
-
-
 def _show(run: Run, as_json: bool) -> None:
     from ridgeline.plan import compare
 
@@ -90,13 +89,18 @@ def _show(run: Run, as_json: bool) -> None:
         return
     out, summary = console(), run.summary
     if run.info["status"] == "interrupted":
-        out.print(f"interrupted at step {summary.get('steps', 0)}; continue with: ridgeline train --resume {run.id}")
-    out.print(_figures(summary))
+        out.print(
+            f"interrupted at step {summary.get('steps', 0)}; continue with: ridgeline train --resume {run.id}",
+            soft_wrap=True,
+        )
+    out.print(_figures(summary), soft_wrap=True)
     out.print(_comparison(rows))
-    out.print(f"MFU = {summary.get('mfu_formula')}; against {summary.get('mfu_denominator')}", style="dim")
+    out.print(
+        f"MFU = {summary.get('mfu_formula')}; against {summary.get('mfu_denominator')}", style="dim", soft_wrap=True
+    )
     if (run.path / "artifacts/model").is_dir():
-        out.print(f"model {run.path / 'artifacts/model'}")
-    out.print(f"run {run.id}")
+        out.print(f"model {run.path / 'artifacts/model'}", soft_wrap=True)
+    out.print(f"run {run.id}", soft_wrap=True)
 
 
 def _figures(summary: dict[str, Any]) -> str:
