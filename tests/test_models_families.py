@@ -217,3 +217,24 @@ def test_openai_names_without_prefix(tmp_path):
     bare["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
     expected = from_hf_state_dict(stored, config)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in from_hf_state_dict(bare, config).items())
+
+
+WRONG = [True, 0, -1, 10**30, 0.5, float("nan"), "x", [], [1], {}, {"a": 1}, {"rope_type": "yarn"}]
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral-window", "qwen3-bias-window", "gpt2", "gptj-partial"])
+def test_a_wrong_value_is_refused_in_one_line_or_written_back(case):
+    """Each field of a config.json replaced by values of the wrong type or size, one at a time."""
+    name, fields = CASES[case]
+    whole = json.loads(getattr(transformers, f"{name}Config")(**fields).to_json_string(use_diff=False))
+    refused = 0
+    for field in whole:
+        for value in WRONG:
+            try:
+                config = from_hf_config(whole | {field: value})
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error)
+            else:
+                assert from_hf_config(json.loads(json.dumps(to_hf_config(config, "float32")))) == config
+    assert refused > 100

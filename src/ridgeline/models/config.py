@@ -54,6 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 INIT_STD = 0.02
+MOST_LAYERS = 10_000  # a damaged file must not make us enumerate billions of names
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,13 @@ class DecoderConfig:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("intermediate_size", "context_length", "sliding_window"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if not 1 < self.rope_theta < math.inf or not 0 < self.norm_eps < 1:
+            raise UserError(f"rope_theta {self.rope_theta} must be above 1 and norm_eps {self.norm_eps} within 0 and 1")
+        if self.num_layers > MOST_LAYERS:
+            raise UserError(f"num_layers = {self.num_layers}: at most {MOST_LAYERS} are supported")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.activation not in ACTIVATIONS:

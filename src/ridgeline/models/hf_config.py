@@ -9,12 +9,13 @@ top (before transformers 5) and ``rope_parameters``. The older is written: both 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ridgeline.errors import UserError, nearest
-from ridgeline.models.config import FAMILIES, INIT_STD, DecoderConfig
+from ridgeline.models.config import FAMILIES, INIT_STD, MOST_LAYERS, DecoderConfig
 
 Fields = dict[str, Any]
 
@@ -95,18 +96,17 @@ def load_config(path: str | Path) -> DecoderConfig:
 def from_hf_config(fields: Fields) -> DecoderConfig:
     """The configuration that ``config.json`` describes."""
     family = fields.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"model_type '{family}' is not supported{nearest(str(family), FAMILIES)}")
     present = {name: value for name, value in fields.items() if value is not None}
     _refuse_unknown(family, present)
     reader: Callable[[str, Fields], Fields] = _read_gpt if family in ("gpt2", "gptj") else _read_llama
-    eos = present.get("eos_token_id", ())
     return DecoderConfig(
         family=family,
         vocab_size=_integer(present, "vocab_size"),
-        bos_token_id=present.get("bos_token_id"),
-        eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
-        pad_token_id=present.get("pad_token_id"),
+        bos_token_id=_token(present, "bos_token_id"),
+        eos_token_ids=_tokens(present, "eos_token_id"),
+        pad_token_id=_token(present, "pad_token_id"),
         **({"qkv_bias": False, "out_bias": False, "mlp_bias": False} | FAMILIES[family] | reader(family, present)),
     )
 
@@ -120,10 +120,9 @@ def _refuse_unknown(family: str, present: Fields) -> None:
         if value != NEUTRAL[name]:
             raise UserError(f"config field '{name}' = {value!r} is not supported; only {NEUTRAL[name]!r} is")
     wanted = ARCHITECTURES[family]
-    if present.get("architectures") and wanted not in present["architectures"]:
-        raise UserError(
-            f"config field 'architectures' = {present['architectures']!r} is not supported; only {wanted} is"
-        )
+    named = present.get("architectures")
+    if named and (not isinstance(named, list) or wanted not in named):
+        raise UserError(f"config field 'architectures' = {named!r} is not supported; only {wanted} is")
 
 
 def _integer(fields: Fields, name: str, default: int | None = None) -> int:
@@ -133,9 +132,32 @@ def _integer(fields: Fields, name: str, default: int | None = None) -> int:
     return value
 
 
+def _number(fields: Fields, name: str, default: float) -> float:
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"config field '{name}' must be a number, got {value!r}")
+    return float(value)
+
+
+def _flag(fields: Fields, name: str, default: bool = False) -> bool:
+    value = fields.get(name, default)
+    if not isinstance(value, bool):
+        raise UserError(f"config field '{name}' must be true or false, got {value!r}")
+    return value
+
+
+def _token(fields: Fields, name: str) -> int | None:
+    return _integer(fields, name) if name in fields else None
+
+
+def _tokens(fields: Fields, name: str) -> tuple[int, ...]:
+    value = fields.get(name, [])
+    return tuple(_integer({name: one}, name) for one in (value if isinstance(value, list) else [value]))
+
+
 def _activation(fields: Fields, name: str, default: str, names: dict[str, str]) -> str:
     value = fields.get(name, default)
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         raise UserError(f"config field '{name}' = {value!r} is not supported{nearest(str(value), names)}")
     return names[value]
 
@@ -145,10 +167,13 @@ def _read_llama(family: str, fields: Fields) -> Fields:
     head_dim = _integer(fields, "head_dim", 128 if family == "qwen3" else hidden // max(heads, 1))
     context = _integer(fields, "max_position_embeddings")
     theta, scaling = _read_rope(fields, context)
-    window, sliding = _read_sliding(family, fields, _integer(fields, "num_hidden_layers"))
+    layers = _integer(fields, "num_hidden_layers")
+    if layers > MOST_LAYERS:
+        raise UserError(f"config field 'num_hidden_layers' = {layers}: at most {MOST_LAYERS} are supported")
+    window, sliding = _read_sliding(family, fields, layers)
     read = {
         "hidden_size": hidden,
-        "num_layers": _integer(fields, "num_hidden_layers"),
+        "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": _integer(fields, "num_key_value_heads", heads),
         "head_dim": head_dim,
@@ -157,36 +182,37 @@ def _read_llama(family: str, fields: Fields) -> Fields:
         "rope_theta": theta,
         "rope_dim": head_dim,
         "rope_scaling": scaling,
-        "norm_eps": float(fields.get("rms_norm_eps", 1e-6)),
+        "norm_eps": _number(fields, "rms_norm_eps", 1e-6),
         "activation": _activation(fields, "hidden_act", "silu", GATE_NAMES),
-        "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
+        "tie_embeddings": _flag(fields, "tie_word_embeddings"),
         "sliding_window": window,
         "sliding_layers": sliding,
     }
     if family in ("llama", "qwen3"):
-        read["qkv_bias"] = read["out_bias"] = bool(fields.get("attention_bias", False))
+        read["qkv_bias"] = read["out_bias"] = _flag(fields, "attention_bias")
     if family == "llama":
-        read["mlp_bias"] = bool(fields.get("mlp_bias", False))
+        read["mlp_bias"] = _flag(fields, "mlp_bias")
     return read
 
 
 def _read_sliding(family: str, fields: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
     """(window, layers that slide): every layer for Mistral; Qwen by ``layer_types`` or ``max_window_layers``."""
-    window = fields.get("sliding_window")
-    if family == "mistral":
-        return window, tuple(range(layers)) if window else ()
     if family == "llama":
         return None, ()
-    window = _integer(fields, "sliding_window", 4096) if fields.get("use_sliding_window") else None
+    if family == "mistral":
+        window = _token(fields, "sliding_window")
+        return window, tuple(range(layers)) if window else ()
+    window = _integer(fields, "sliding_window", 4096) if _flag(fields, "use_sliding_window") else None
     first = _integer(fields, "max_window_layers", 28)
     default = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
     kinds = fields.get("layer_types", default)
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise UserError(f"config field 'layer_types' must name {layers} layers, got {str(kinds)[:60]}")
     for kind in kinds:
         if kind not in ("sliding_attention", "full_attention"):
             raise UserError(f"config field 'layer_types' holds '{kind}', which is not supported")
-    if len(kinds) != layers:
-        raise UserError(f"config field 'layer_types' has {len(kinds)} entries for {layers} layers")
-    return window, tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+    sliding = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+    return window if sliding else None, sliding
 
 
 def _read_rope(fields: Fields, context: int) -> tuple[float, Fields | None]:
@@ -194,13 +220,17 @@ def _read_rope(fields: Fields, context: int) -> tuple[float, Fields | None]:
     old, new = fields.get("rope_scaling"), fields.get("rope_parameters")
     if old and new and old != new:
         raise UserError("config fields 'rope_scaling' and 'rope_parameters' contradict one another")
-    found = dict(old or new or {})
+    given = old or new or {}
+    if not isinstance(given, dict):
+        raise UserError(f"config field 'rope_scaling' must be an object, got {given!r}")
+    found = dict(given)
     for name, value in found.items():
         if isinstance(value, dict):
             raise UserError(f"config field 'rope_parameters.{name}' (rotary settings by layer type) is not supported")
-    theta = float(found.pop("rope_theta", fields.get("rope_theta", 10_000.0)))
+    theta = _number(found if found.get("rope_theta") is not None else fields, "rope_theta", 10_000.0)
+    found.pop("rope_theta", None)
     kind = found.pop("type", None)
-    kind = found.pop("rope_type", kind) or "default"
+    kind = str(found.pop("rope_type", kind) or "default")
     if found.get("partial_rotary_factor") in (1, None):
         found.pop("partial_rotary_factor", None)
     scaling = {name: value for name, value in found.items() if value is not None}
@@ -230,9 +260,9 @@ def _read_gpt(family: str, fields: Fields) -> Fields:
         "intermediate_size": _integer(fields, "n_inner", 4 * hidden),
         "context_length": context,
         "rope_dim": _integer(fields, "rotary_dim") if family == "gptj" else 0,
-        "norm_eps": float(fields.get("layer_norm_epsilon", 1e-5)),
+        "norm_eps": _number(fields, "layer_norm_epsilon", 1e-5),
         "activation": _activation(fields, "activation_function", "gelu_new", GELU_NAMES),
-        "tie_embeddings": bool(fields.get("tie_word_embeddings", family == "gpt2")),
+        "tie_embeddings": _flag(fields, "tie_word_embeddings", family == "gpt2"),
     }
 
 

@@ -28,16 +28,29 @@ def check_scaling(scaling: dict[str, Any] | None) -> None:
     if scaling is None:
         return
     kind = scaling.get("rope_type")
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise UserError(f"rope_scaling type '{kind}' is not supported{nearest(str(kind), SCALINGS)}")
     required, optional = SCALINGS[kind]
-    for key in scaling.keys() - required - optional - {"rope_type"}:
+    for key in sorted(scaling.keys() - required - optional - {"rope_type"}):
         raise UserError(
             f"rope_scaling key '{key}' is not supported for type '{kind}'{nearest(key, required | optional)}"
         )
-    for key in required:
-        if not isinstance(scaling.get(key), (int, float)):
-            raise UserError(f"rope_scaling of type '{kind}' needs a number '{key}', got {scaling.get(key)!r}")
+    for key in sorted(required - scaling.keys()):
+        raise UserError(f"rope_scaling of type '{kind}' needs '{key}'")
+    for key, value in scaling.items():
+        _check_value(key, value)
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise UserError("rope_scaling high_freq_factor must be above low_freq_factor")
+
+
+def _check_value(key: str, value: Any) -> None:
+    if key == "rope_type":
+        return
+    if key == "truncate":
+        if not isinstance(value, bool):
+            raise UserError(f"rope_scaling key 'truncate' must be true or false, got {value!r}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UserError(f"rope_scaling key '{key}' must be a positive number, got {value!r}")
 
 
 def inverse_frequencies(theta: float, rope_dim: int, scaling: dict[str, Any] | None) -> list[float]:
