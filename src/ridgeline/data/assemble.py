@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def assemble(
     either the dataset that was there before or one without a manifest, which the next build completes.
     """
     final = workspace.path / "final"
+    shutil.rmtree(final, ignore_errors=True)  # what an earlier attempt left is not part of this one
     make_folder(final)
     tokenizer_file = workspace.path / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_file)

@@ -20,7 +20,7 @@ from ridgeline.data.pool import Workers, worker_count
 from ridgeline.data.provenance import write_provenance
 from ridgeline.data.reading import read_shards
 from ridgeline.data.sources import SourceFile, resolve, with_digests
-from ridgeline.data.tokenizer import tokenizer_file
+from ridgeline.data.tokenizer import end_token, load_tokenizer, tokenizer_file
 from ridgeline.data.tokenizing import prepare_tokenizer, tokenize_shards
 from ridgeline.data.workspace import ENDED, Description, Workspace, refuse
 from ridgeline.errors import UserError
@@ -84,6 +84,8 @@ def build(
         found = resolve(section.sources)
         files = with_digests(found.files, lambda done, total: advance(1, total))
         tokenizer = tokenizer_file(section.tokenizer.path) if section.tokenizer.path else None
+        if tokenizer:  # one that will not do is refused before any work
+            end_token(load_tokenizer(tokenizer), tokenizer)
         description = Description.of(section, files, digest(tokenizer) if tokenizer else None)
     workspace = Workspace(folder)
     if not rebuild and (folder / MANIFEST).is_file() and not (workspace.path / "plan.json").is_file():

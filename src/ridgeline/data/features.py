@@ -1,7 +1,7 @@
 """What is measured on every document, kept or not: the quantities of the Gopher rules (Rae et al. 2021).
 
 A *word* is what stands between white space, with the punctuation around it peeled off as words of their own:
-``("Yes," he`` is the five words ``("``, ``Yes``, ``,"``, ``he``. Punctuation is what Unicode files under P or S. A word
+``("Yes," he`` is the four words ``("``, ``Yes``, ``,"``, ``he``. Punctuation is what Unicode files under P or S. A word
 of nothing but punctuation is a *symbol word*; it is not counted by ``words`` and ``mean_word_length``, and it is
 counted by everything else. Every value is finite: a share of nothing is 0.
 """

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ridgeline.config import DataSection
-from ridgeline.data.reading import open_shard
 from ridgeline.data.rules import DUPLICATE, MALFORMED
+from ridgeline.data.shards import open_shard
 from ridgeline.data.sources import SourceFile
 from ridgeline.data.workspace import Workspace
 from ridgeline.errors import UserError

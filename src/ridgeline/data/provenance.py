@@ -15,8 +15,8 @@ from ridgeline.data.dataset import Dataset
 from ridgeline.data.disk import atomic
 from ridgeline.data.features import FEATURES
 from ridgeline.data.ledger import SPLITS, Ledger, document_id
-from ridgeline.data.reading import open_shard
 from ridgeline.data.rules import Rule, rules
+from ridgeline.data.shards import open_shard
 from ridgeline.data.sources import SourceFile
 from ridgeline.data.workspace import ENDED, Workspace
 from ridgeline.errors import UserError, nearest

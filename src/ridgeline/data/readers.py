@@ -156,7 +156,7 @@ def _parquet_rows(file: SourceFile, text_key: str, start: int) -> Iterator[list[
     if file.compression:
         with open_stream(file.path, file.compression) as stream:
             handle = io.BytesIO(stream.read())
-    with pq.ParquetFile(handle) as table:
+    with pq.ParquetFile(handle, page_checksum_verification=True) as table:
         names = table.schema_arrow.names
         if text_key not in names:
             raise UserError(f"no column '{text_key}'{nearest(text_key, names)}; data.text_key names the column")
@@ -166,13 +166,14 @@ def _parquet_rows(file: SourceFile, text_key: str, start: int) -> Iterator[list[
         skip, groups = start, list(range(table.num_row_groups))
         while groups and skip >= table.metadata.row_group(groups[0]).num_rows:
             skip -= table.metadata.row_group(groups.pop(0)).num_rows
-        for batch in table.iter_batches(batch_size=ROWS, row_groups=groups, columns=[text_key]):
-            column = batch.column(0)
-            if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            values = column.cast(pa.large_binary()).to_pylist()
-            yield values[skip:]
-            skip = max(0, skip - len(values))
+        for group in groups:  # one at a time, so that damage in one does not take rows of the one before along
+            for batch in table.iter_batches(batch_size=ROWS, row_groups=[group], columns=[text_key]):
+                column = batch.column(0)
+                if pa.types.is_dictionary(column.type):
+                    column = column.dictionary_decode()
+                values = column.cast(pa.large_binary()).to_pylist()
+                yield values[skip:]
+                skip = max(0, skip - len(values))
 
 
 def _is_text(kind: Any) -> bool:

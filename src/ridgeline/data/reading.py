@@ -16,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ridgeline.config import DataSection
-from ridgeline.data.disk import atomic
 from ridgeline.data.features import FEATURES, measure
 from ridgeline.data.normalize import normalize
 from ridgeline.data.pool import Workers
 from ridgeline.data.readers import Raw, read_raw, text_of
 from ridgeline.data.rules import EMPTY, MALFORMED, Rule, judge, rules
+from ridgeline.data.shards import open_shard, shard_end, write_shard
 from ridgeline.data.sources import SourceFile
 from ridgeline.data.workspace import Workspace
-from ridgeline.errors import JobError, UserError
+from ridgeline.errors import UserError
 
 SHARD_BYTES = 64 << 20
 BATCH_BYTES = 512 << 10
@@ -125,7 +125,7 @@ def read_shards(
     workers: Workers,
     progress: Callable[[int], None],
 ) -> int:
-    """Write every ``read-NNNNN.parquet`` that is not there yet; return how many there are.
+    """Write every ``read`` shard that is not there yet; return how many there are.
 
     Raises:
         UserError: a malformed record, when ``on_bad_record`` is "stop".
@@ -133,6 +133,8 @@ def read_shards(
     """
     done = workspace.load("read.json")
     if done is not None:
+        for number in range(done["shards"]):
+            _stop_at_stored_problem(section, files, open_shard(workspace, number, ["file", "detail"]))
         return int(done["shards"])
     limits = rules(section.filters)
     shard, shards = _Shard(limits), 0
@@ -141,32 +143,12 @@ def read_shards(
         shard.add(result)
         progress(sum(length for _, _, length in result.places))
         if result.end is not None:
-            _write_shard(workspace, result.shard, shard, result.end)
+            write_shard(workspace, result.shard, shard.columns, np.concatenate(shard.values), result.end)
             shard = _Shard(limits)
     while workspace.shard("read", shards).is_file():
         shards += 1
     workspace.save("read.json", {"shards": shards})
     return shards
-
-
-def open_shard(workspace: Workspace, number: int, columns: Sequence[str]) -> Any:
-    """Columns of a finished shard as an Arrow table.
-
-    Raises:
-        JobError: the file is missing, damaged or another shard's.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = workspace.shard("read", number)
-    try:
-        table = pq.read_table(path, columns=list(columns), page_checksum_verification=True, partitioning=None)
-    except (OSError, pa.ArrowException) as error:
-        what = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({' '.join(str(error).split())[:120]})"
-        raise JobError(f"{path}: {what}; start anew with --rebuild") from None
-    if _metadata(table.schema)["shard"] != number:
-        raise JobError(f"{path}: holds shard {_metadata(table.schema)['shard']}; start anew with --rebuild")
-    return table
 
 
 def _tasks(
@@ -179,7 +161,7 @@ def _tasks(
         if workspace.shard("read", number).is_file():
             table = open_shard(workspace, number, ["length", "detail", "file"])
             _stop_at_stored_problem(section, files, table)
-            position, stream = Position(*_metadata(table.schema)["end"]), None
+            position, stream = Position(*shard_end(table)), None
             progress(sum(table.column("length").to_pylist()))
         else:
             stream = stream or _records(section, files, position)
@@ -238,43 +220,3 @@ def _stop_at_stored_problem(section: DataSection, files: Sequence[SourceFile], t
 
 def _stop(source: str, problem: str) -> None:
     raise UserError(f"{source}: {problem} (data.on_bad_record=skip leaves such records out)")
-
-
-def _write_shard(workspace: Workspace, number: int, shard: _Shard, end: Position) -> None:
-    import json
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    values = np.concatenate(shard.values)
-    arrays = {name: pa.array(shard.columns[name], kind) for name, kind in _columns().items()}
-    arrays.update({name: pa.array(values[:, index]) for index, name in enumerate(FEATURES)})
-    metadata = {b"ridgeline": json.dumps({"shard": number, "end": list(end)}).encode()}
-    table = pa.table(arrays).replace_schema_metadata(metadata)
-    with atomic(workspace.shard("read", number)) as file:
-        pq.write_table(table, file, compression="zstd", compression_level=1, write_page_checksum=True)
-
-
-def _columns() -> dict[str, Any]:
-    import pyarrow as pa
-
-    text, whole, real = pa.string(), pa.int64(), pa.float64()
-    return {
-        "file": pa.int32(),
-        "offset": whole,
-        "length": whole,
-        "content_hash": text,
-        "reason": text,
-        "value": real,
-        "limit": real,
-        "broken": text,
-        "detail": text,
-        "text": pa.large_string(),
-    }
-
-
-def _metadata(schema: Any) -> dict[str, Any]:
-    import json
-
-    value: dict[str, Any] = json.loads((schema.metadata or {}).get(b"ridgeline", b'{"shard": -1, "end": [0, 0]}'))
-    return value

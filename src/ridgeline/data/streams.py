@@ -1,14 +1,19 @@
-"""Plain, gzip and zstd files as one kind of byte stream, in which damage is always noticed."""
+"""Plain, gzip and zstd files as one kind of byte stream, in which damage is always noticed.
+
+The libraries' own file objects do less: zstandard's takes a truncated frame for the end of the file, and gzip's
+throws away what it had read before the damage.
+"""
 
 from __future__ import annotations
 
-import gzip
 import io
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 CHUNK = 1 << 18
+GZIP = 16 + zlib.MAX_WBITS
 
 
 class StreamDamage(Exception):
@@ -18,32 +23,36 @@ class StreamDamage(Exception):
 def open_stream(path: Path, compression: str) -> BinaryIO:
     """The decompressed bytes of ``path``; ``compression`` is ``""``, ``"gz"`` or ``"zst"``.
 
-    Reading raises :class:`StreamDamage` for a truncated or corrupt stream, never a short result.
+    Several gzip members or zstd frames are one stream. Reading raises :class:`StreamDamage` for a truncated or corrupt
+    stream, after all that could be read before it, and never ends quietly.
     """
     if compression == "gz":
-        return cast(BinaryIO, io.BufferedReader(_Gzip(path), CHUNK))
+        return cast(BinaryIO, io.BufferedReader(_Frames(path, "gzip", lambda: zlib.decompressobj(GZIP), zlib.error)))
     if compression == "zst":
-        return cast(BinaryIO, io.BufferedReader(_Zstd(path), CHUNK))
+        import zstandard
+
+        frame = zstandard.ZstdDecompressor().decompressobj
+        return cast(BinaryIO, io.BufferedReader(_Frames(path, "zstd", frame, zstandard.ZstdError)))
     return open(path, "rb", buffering=CHUNK)
 
 
-class _Decompressed(io.RawIOBase):
-    """A raw stream over :meth:`chunk`, which returns b"" only at a proper end."""
+class _Frames(io.RawIOBase):
+    """Frame after frame of a file. A frame says where it ends; a file that ends elsewhere is truncated."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str, new_frame: Callable[[], Any], error: type[Exception]) -> None:
         super().__init__()
         self.file = open(path, "rb")  # noqa: SIM115 - closed in close()
-        self.pending = b""
-
-    def chunk(self) -> bytes:
-        raise NotImplementedError
+        self.name, self.new_frame, self.error = name, new_frame, error
+        self.frame: Any = None
+        self.frames = 0
+        self.pending = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         if not self.pending:
-            self.pending = self.chunk()
+            self.pending = memoryview(self._chunk())
         taken = self.pending[: len(buffer)]
         buffer[: len(taken)] = taken
         self.pending = self.pending[len(taken) :]
@@ -53,44 +62,28 @@ class _Decompressed(io.RawIOBase):
         self.file.close()
         super().close()
 
-
-class _Gzip(_Decompressed):
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.stream = gzip.GzipFile(fileobj=self.file, mode="rb")
-
-    def chunk(self) -> bytes:
-        try:
-            return self.stream.read(CHUNK)
-        except EOFError:
-            raise StreamDamage("truncated gzip stream") from None
-        except (OSError, zlib.error) as error:
-            raise StreamDamage(f"damaged gzip stream ({error})") from None
-
-
-class _Zstd(_Decompressed):
-    """Frame by frame: the library's own reader takes a truncated frame for the end of the file."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        import zstandard
-
-        self.error = zstandard.ZstdError
-        self.new_frame = zstandard.ZstdDecompressor().decompressobj
-        self.frame: Any = None
-
-    def chunk(self) -> bytes:
+    def _chunk(self) -> bytes:
+        """Some decompressed bytes; b"" only at the proper end."""
         while True:
-            data = (self.frame.unused_data if self.frame and self.frame.eof else b"") or self.file.read(CHUNK)
+            data = self._input()
             if not data:
-                if self.frame is not None and not self.frame.eof:
-                    raise StreamDamage("truncated zstd stream")
+                if (self.frame is not None and not self.frame.eof) or not self.frames:
+                    raise StreamDamage(f"truncated {self.name} stream")
                 return b""
             if self.frame is None or self.frame.eof:
                 self.frame = self.new_frame()
+                self.frames += 1
             try:
                 out = bytes(self.frame.decompress(data))
             except self.error as error:
-                raise StreamDamage(f"damaged zstd stream ({error})") from None
+                raise StreamDamage(f"damaged {self.name} stream ({error})") from None
             if out:
                 return out
+
+    def _input(self) -> bytes:
+        left = b""
+        if self.frame is not None and self.frame.eof:
+            left = self.frame.unused_data
+            if self.name == "gzip":  # a gzip file may be padded with zeros
+                left = left.lstrip(b"\0")
+        return left or self.file.read(CHUNK)

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -105,21 +105,29 @@ def token_dtype(size: int) -> type[np.uint16] | type[np.int32]:
     return np.uint16 if size < 65500 else np.int32
 
 
-def encode_batch(task: tuple[str, int, list[str]]) -> tuple[npt.NDArray[np.unsignedinteger | np.int32], list[int]]:
+class EncodeTask(NamedTuple):
+    """What a worker needs to encode ``texts``. ``digest`` is that of the tokenizer's file, for its cache."""
+
+    file: str
+    digest: str
+    end: int
+    texts: list[str]
+
+
+def encode_batch(task: EncodeTask) -> tuple[npt.NDArray[Any], list[int]]:
     """Token ids of all texts in one array, each followed by the end token, and how many tokens each has."""
-    file, end, texts = task
-    tokenizer, dtype = _worker_tokenizer(file)
+    tokenizer, dtype = _worker_tokenizer(task.file, task.digest)
     pieces, lengths = [], []
-    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+    for encoding in tokenizer.encode_batch_fast(task.texts, add_special_tokens=False):
         ids = encoding.ids
-        ids.append(end)
+        ids.append(task.end)
         pieces.append(np.array(ids, dtype))
         lengths.append(len(ids))
     return (np.concatenate(pieces) if pieces else np.empty(0, dtype)), lengths
 
 
 @functools.lru_cache(maxsize=1)
-def _worker_tokenizer(file: str) -> tuple[Tokenizer, type[np.uint16] | type[np.int32]]:
+def _worker_tokenizer(file: str, digest: str) -> tuple[Tokenizer, type[np.uint16] | type[np.int32]]:
     tokenizer = load_tokenizer(Path(file))
     return tokenizer, token_dtype(vocab_size(tokenizer))
 

@@ -12,11 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ridgeline.config import DataSection
-from ridgeline.data.disk import write_bytes
+from ridgeline.data.disk import digest, write_bytes
 from ridgeline.data.ledger import DROPPED, Ledger
 from ridgeline.data.pool import Workers
-from ridgeline.data.reading import BATCH_RECORDS, open_shard
-from ridgeline.data.tokenizer import encode_batch, end_token, load_tokenizer, tokenizer_file, train_tokenizer
+from ridgeline.data.reading import BATCH_RECORDS
+from ridgeline.data.shards import open_shard
+from ridgeline.data.tokenizer import (
+    EncodeTask,
+    encode_batch,
+    end_token,
+    load_tokenizer,
+    tokenizer_file,
+    train_tokenizer,
+)
 from ridgeline.data.workspace import Workspace
 from ridgeline.errors import JobError
 
@@ -36,7 +44,6 @@ def prepare_tokenizer(
         return target
     if section.tokenizer.path:
         source = tokenizer_file(section.tokenizer.path)
-        end_token(load_tokenizer(source), source)
         for name in COMPANIONS:
             if source.with_name(name).is_file():
                 write_bytes(workspace.path / name, source.with_name(name).read_bytes())
@@ -52,16 +59,17 @@ def tokenize_shards(
 ) -> int:
     """Write every ``tokens-NNNNN.npz`` that is not there yet; return how many were there already."""
     _, end = end_token(load_tokenizer(tokenizer), tokenizer)
+    name = digest(tokenizer)
     shards = range(len(ledger.shard_sizes))
     missing = [number for number in shards if not workspace.shard("tokens", number).is_file()]
     batches = ((number, texts) for number in missing for texts in _batches(workspace, ledger, number))
     owners: list[int] = []
 
-    def tasks() -> Iterator[tuple[str, int, list[str]]]:
+    def tasks() -> Iterator[EncodeTask]:
         for number, texts in batches:
             owners.append(number)
             progress(sum(map(len, texts)))
-            yield str(tokenizer), end, texts
+            yield EncodeTask(str(tokenizer), name, end, texts)
 
     arrays: list[npt.NDArray[Any]] = []
     lengths: list[int] = []

@@ -1,6 +1,6 @@
 """The folder of an unfinished build, and the description that decides whether two builds are the same.
 
-``DATASET/.build/`` holds ``plan.json`` (the description), one ``read-NNNNN.parquet`` and one ``tokens-NNNNN.npz`` per
+``DATASET/.build/`` holds ``plan.json`` (the description), one ``read-NNNNN.shard`` and one ``tokens-NNNNN.npz`` per
 shard, ``read.json`` once every source has been read, and the tokenizer. Each of them appears whole or not at all,
 so that it is its own completion marker; the folder is removed when ``manifest.json`` stands beside it.
 """
@@ -127,7 +127,7 @@ class Workspace:
 
     def shard(self, kind: str, number: int) -> Path:
         """Where shard ``number`` of ``"read"`` or ``"tokens"`` lies."""
-        return self.path / f"{kind}-{number:05d}.{'parquet' if kind == 'read' else 'npz'}"
+        return self.path / f"{kind}-{number:05d}.{'shard' if kind == 'read' else 'npz'}"
 
     def load(self, name: str) -> Any | None:
         """A JSON file of the folder, or None.
@@ -155,7 +155,7 @@ class Workspace:
         """
         plan = self.load("plan.json")
         ended = (self.path / ENDED).is_file()
-        if plan is None or ended or not any(self.path.glob("read-*.parquet")):
+        if plan is None or ended or not any(self.path.glob("read-*.shard")):
             self.clear()  # no plan, no shard yet, or a build that ended with no document left
             return False
         refuse(Description.from_dict(plan).difference(new, finished=False), f"{self.dataset} holds an unfinished build")
