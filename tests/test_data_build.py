@@ -431,6 +431,7 @@ def test_the_program_builds_shows_answers_and_leaves_runs(tmp_path, mixed, capsy
     assert document["kept"] == 84 and document["vocab_size"] == 400 and document["splits"]["train"]["tokens"] > 0
     (run,) = list_runs(tmp_path / "runs", "data")
     assert run.id == document["run"] and run.info["status"] == "done" and run.summary["tokens"] == document["tokens"]
+    assert run.summary["fates"] == {"kept": 84, "dropped: duplicate": 2, "dropped: min_words": 2, "dropped: empty": 1}
 
     assert ridgeline("data", "why", "b.txt.gz", "--json") == 0
     answer = json.loads(capsys.readouterr().out)

@@ -143,7 +143,8 @@ def test_parquet_damaged_inside_keeps_the_rows_before(tmp_path):
         (b'{"text": null}', ["line 2", "null", "a string"]),
         (b'{"text": 3}', ["line 2", "a number"]),
         (b'{"text": "\xff"}', ["line 2", "invalid UTF-8 at byte 27 (0xff)"]),
-        (b"[" * 100_000, ["line 2"]),
+        (b"[" * 100_000, ["line 2", "cannot be read"]),
+        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", ["line 2", "cannot be read", "4300 digits"]),
     ],
 )
 def test_a_malformed_line_names_its_line_and_what_is_wrong(tmp_path, line, words):

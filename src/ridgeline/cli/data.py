@@ -39,7 +39,7 @@ def build(
             report = build_dataset(job.data, progress, rebuild=rebuild)
         document = {"run": run.id, **report.to_dict(), "folder": str(Path(report.folder).resolve())}
         run.save_json("report.json", document)
-        run.summarize(**{key: value for key, value in document.items() if key not in ("run", "passes", "notes")})
+        run.summarize(folder=document["folder"], **report.figures())
     if as_json:
         emit(document)
     else:

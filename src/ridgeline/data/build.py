@@ -57,6 +57,25 @@ class BuildReport:
         """For JSON."""
         return asdict(self)
 
+    def figures(self) -> dict[str, Any]:
+        """The headline figures of a run's summary. ``bytes_per_second`` is of source text, over the whole build."""
+        figures = {
+            "documents": self.documents,
+            "documents_kept": self.kept,
+            "tokens": self.tokens,
+            "splits": {name: split["tokens"] for name, split in self.splits.items()},
+            "fates": {"kept": self.kept, **{f"dropped: {reason}": count for reason, count in self.dropped.items()}},
+            "vocab_size": self.vocab_size,
+            "dtype": self.dtype,
+            "source_bytes": self.source_bytes,
+            "build_seconds": self.seconds,
+            "reused": self.reused,
+            "fingerprint": self.fingerprint,
+        }
+        if not self.reused:
+            figures |= {"bytes_per_second": self.source_bytes / self.seconds, "workers": self.workers}
+        return figures
+
 
 def build(
     section: DataSection,

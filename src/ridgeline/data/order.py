@@ -8,7 +8,7 @@ inside (Black and Rogaway 2002). So any step costs the same to reach, and any nu
 
 from __future__ import annotations
 
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -97,8 +97,10 @@ def batch(
     """
     tokens = dataset if isinstance(dataset, TokenFile) else dataset.split(split)
     samples = batch_samples(tokens, step, global_batch_size, seq_len, seed, split=split, rows=rows)
-    window = samples[:, None] * seq_len + np.arange(seq_len + 1)
-    return cast("npt.NDArray[np.int64]", tokens.tokens[window].astype(np.int64))
+    out = np.empty((len(samples), seq_len + 1), np.int64)
+    for row, sample in enumerate(samples.tolist()):
+        out[row] = tokens.tokens[sample * seq_len : (sample + 1) * seq_len + 1]
+    return out
 
 
 def batch_samples(

@@ -69,8 +69,8 @@ def text_of(raw: Raw, text_key: str) -> tuple[str | None, str | None]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         return None, f"{where}not valid JSON at byte {raw.offset + error.pos}: {error.msg}"
-    except RecursionError:
-        return None, f"{where}JSON nested too deeply"
+    except (RecursionError, ValueError) as error:  # nested too deeply, a number of thousands of digits
+        return None, f"{where}JSON that cannot be read ({_short(error)})"
     return _field(value, text_key, where)
 
 
@@ -78,7 +78,10 @@ def _field(value: Any, text_key: str, where: str) -> tuple[str | None, str | Non
     if not isinstance(value, dict):
         return None, f"{where}expected an object with the key '{text_key}', got {_json_type(value)}"
     if text_key not in value:
-        return None, f"{where}no key '{text_key}'{nearest(text_key, value)}; data.text_key names the field"
+        return (
+            None,
+            f"{where}no key '{text_key}'{nearest(text_key, [str(key)[:40] for key in list(value)[:12]])}; data.text_key names the field",
+        )
     text = value[text_key]
     if not isinstance(text, str):
         return None, f"{where}'{text_key}' is {_json_type(text)}, expected a string"
