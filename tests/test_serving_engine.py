@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from ridgeline.runs import Run
+from ridgeline.serving.loading import served_name
 from serving_fake import wait_for
 
 TEMPLATE = (
@@ -247,6 +248,15 @@ def test_it_drains_and_leaves_a_run(server: Server) -> None:
     run = Run.open(server.document["run"], server.runs)
     assert run.kind == "serve" and run.info["status"] == "done" and run.summary["model"] == "tiny"
     assert run.summary["statuses"]["499"] == 2 and run.summary["statuses"]["400"] == 1
+
+
+def test_the_name_clients_use(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "20260101-train-x-1f" / "artifacts" / "model"
+    folder.mkdir(parents=True)
+    assert served_name("latest:train", folder) == "20260101-train-x-1f"
+    assert served_name(str(tmp_path), tmp_path) == tmp_path.name
+    assert served_name("a/Smol.Q4_1.gguf", Path("/cache/Smol.Q4_1-0123456789ab")) == "Smol.Q4_1"
+    assert served_name("org/name", Path("org/name")) == "org/name"
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

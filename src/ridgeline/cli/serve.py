@@ -19,7 +19,7 @@ app = new_app("Serve a model over an OpenAI-compatible HTTP endpoint with contin
 @app.command()
 @verb
 def serve(
-    model: str = typer.Argument(..., help="Model folder, training run, or .gguf file."),
+    model: str = typer.Argument(..., help="Model folder, training run, .gguf file or hub id."),
     host: str = typer.Option("127.0.0.1", "--host"),
     port: int = typer.Option(8000, "--port", help="0 chooses a free one."),
     name: str = typer.Option(None, "--name", help="Name clients use [default: the folder's or run's name]."),
@@ -30,7 +30,7 @@ def serve(
     max_body_bytes: int = typer.Option(4 * 1024 * 1024, "--max-body-bytes", help="Request body; beyond that 413."),
     drain_seconds: float = typer.Option(120.0, "--drain-seconds", help="After SIGTERM, then open requests are cut."),
     stall_seconds: float = typer.Option(120.0, "--stall-seconds", help="A longer step counts as dead (/health/live)."),
-    dtype: str = typer.Option("bf16", "--dtype", help="bf16 or fp32."),
+    dtype: str = typer.Option("bf16", "--dtype", help="bf16, fp16 or fp32."),
     no_compile: bool = typer.Option(False, "--no-compile", help="Start at once, run slower."),
     api_key: str = typer.Option(None, "--api-key", envvar="RIDGELINE_API_KEY", help="Required from clients when set."),
     runs: Path = RUNS_OPTION,
@@ -43,7 +43,7 @@ def serve(
     from ridgeline.serving.server import serve as run_server
     from ridgeline.serving.settings import ServeSettings
 
-    folder = resolve_model(model, runs)
+    folder = resolve_model(model, runs, lambda line: print(line, file=sys.stderr))
     settings = ServeSettings(
         name=name or served_name(model, folder),
         host=host,

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ridgeline.errors import UserError
 from ridgeline.serving.settings import ServeSettings
+
+CACHE_KEY = re.compile(r"-[0-9a-f]{12}$")  # what `resolve_model` appends to the folder of an imported GGUF file
 
 
 def served_name(reference: str, folder: Path) -> str:
-    """The name clients use for a model: that of its file, folder or run."""
-    path = Path(reference)
-    if path.suffix == ".gguf":
-        return path.stem
-    return path.name if path.exists() and path.name not in ("", "model") else _run_name(reference, folder)
-
-
-def _run_name(reference: str, folder: Path) -> str:
-    """A run's id for ``RUN/artifacts/model``, else the folder's own name."""
+    """The name clients use for a model unless told: its GGUF file's, run's or folder's, or its hub id."""
+    if reference.endswith(".gguf"):
+        return CACHE_KEY.sub("", folder.name)
+    if not folder.exists():
+        return reference  # a hub id
+    folder = folder.resolve()
     if folder.name == "model" and folder.parent.name == "artifacts":
         return folder.parent.parent.name
-    return folder.resolve().name or reference
+    return folder.name
 
 
 def engine_loader(folder: Path, settings: ServeSettings, *, dtype: str, compile: bool) -> Callable[[], Any]:
-    """A function that loads the engine and runs it once, so that compilation is over before the first client."""
+    """A function that loads the engine and runs it once, so that the first client meets a warm one.
+
+    It raises `UserError` for a model that cannot be served: not readable, or without a tokenizer.
+    """
 
     def load() -> Any:
         from ridgeline.inference import Engine
@@ -33,6 +37,8 @@ def engine_loader(folder: Path, settings: ServeSettings, *, dtype: str, compile:
         engine = Engine.load(
             folder, dtype=dtype, max_batch=settings.max_batch, max_context=settings.max_context, compile=compile
         )
+        if engine.tokenizer is None:
+            raise UserError(f"{folder}: no tokenizer.json, so text cannot be read or written")
         warm_up(engine)
         return engine
 
