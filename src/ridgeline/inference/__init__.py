@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ridgeline.inference.engine import Engine
     from ridgeline.inference.api import Generation, generate, stream
+    from ridgeline.inference.engine import Engine
     from ridgeline.inference.locate import resolve_model
     from ridgeline.inference.request import Request, SamplingParams, TokenEvent
     from ridgeline.inference.tokenizer import Tokenizer

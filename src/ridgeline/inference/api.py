@@ -98,8 +98,9 @@ def run(engine: Engine, requests: Sequence[Request]) -> Iterator[TokenEvent]:
 
 def encode(engine: Engine, prompt: Prompt) -> list[int]:
     """Token ids of a text, of chat messages, or as given. Raises `UserError` without a tokenizer for texts."""
-    if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
-        return [int(item) for item in prompt]  # type: ignore[call-overload]
+    ids = [item for item in prompt if isinstance(item, int)]
+    if not isinstance(prompt, str) and len(ids) == len(prompt):
+        return ids
     if engine.tokenizer is None:
         raise UserError("the model folder has no tokenizer.json: give token ids instead of text")
     if isinstance(prompt, str):

@@ -68,7 +68,9 @@ def fit_context(config: DecoderConfig, slots: int, wanted: int | None, dtype: to
     if wanted is None:
         context = min(config.context_length, room)
         if context < min(GRANULE, config.context_length):
-            raise UserError(f"the KV cache of {slots} slots does not fit its limit of {limit_bytes} bytes: {room} tokens")
+            raise UserError(
+                f"the KV cache of {slots} slots does not fit its limit of {limit_bytes} bytes: {room} tokens"
+            )
         return context
     if not 2 <= wanted <= config.context_length:
         raise UserError(f"max_context = {wanted}: must be from 2 to the model's context of {config.context_length}")

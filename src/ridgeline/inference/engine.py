@@ -81,7 +81,7 @@ class Engine:
         limit = kv_memory_bytes if kv_memory_bytes is not None else memory_limit(weight.device)
         self.max_batch = max_batch
         self.max_context = fit_context(decoder.config, max_batch, max_context, weight.dtype, limit)
-        self.config, self.dtype = decoder.config, weight.dtype
+        self.config, self.dtype, self.device = decoder.config, weight.dtype, weight.device
         self.vocab_size = decoder.config.vocab_size
         self.tokenizer: Any = tokenizer
         self.totals = Totals()
@@ -147,7 +147,7 @@ class Engine:
             raise UserError("stop: the model folder has no tokenizer.json, so stop strings cannot be looked for")
         self._scheduler.add(request.id, len(request.prompt), request.params.max_tokens)
         choice = Choice(request.params)
-        choice.watch(request.prompt, self.vocab_size, self._runner.device)
+        choice.watch(request.prompt, self.vocab_size, self.device)
         self._live[request.id] = _Live(request, choice, TextStream(self._decode, request.params.stop))
         self.totals.requests += 1
 
@@ -217,7 +217,9 @@ class Engine:
         totals = self.totals
         totals.decode_steps += 1
         totals.decode_tokens += len(wanted)
-        totals.decode_bytes += self._weight_bytes + sum(row.position + 1 for row in wanted) * self._cache.bytes_per_token
+        totals.decode_bytes += (
+            self._weight_bytes + sum(row.position + 1 for row in wanted) * self._cache.bytes_per_token
+        )
         totals.decode_seconds += time.perf_counter() - started
         return [self._emit(*item) for item in zip(lives, index, sampled, strict=True)]
 
@@ -255,14 +257,14 @@ class Engine:
 
     def _emit(self, live: _Live, slot: int, sampled: Sampled | None) -> TokenEvent:
         """Book one token: its text, and whether the request ends with it."""
-        request, counts = live.request, {"prompt_tokens": len(live.request.prompt)}
+        request, length = live.request, len(live.request.prompt)
         if sampled is None:
             self._cache.clear(slot)
             self._end(live, "error")
-            return TokenEvent(request.id, None, BROKEN, finish_reason="error", completion_tokens=live.emitted, **counts)
+            return TokenEvent(request.id, None, BROKEN, None, None, "error", length, live.emitted)
         live.emitted += 1
         live.last = sampled.token
-        live.choice.watch([sampled.token], self.vocab_size, self._runner.device)
+        live.choice.watch([sampled.token], self.vocab_size, self.device)
         self.totals.generated_tokens += 1
         text, stopped = live.text.add(sampled.token)
         reason: FinishReason | None = None
@@ -275,10 +277,10 @@ class Engine:
                 rest, found = live.text.flush()
                 text, reason = text + rest, "stop" if found else reason
             self._end(live, reason)
-        top = sampled.top and [(token, self._decode([token]), value) for token, value in sampled.top]
-        return TokenEvent(
-            request.id, sampled.token, text, sampled.logprob, top, reason, completion_tokens=live.emitted, **counts
-        )
+        top = None
+        if sampled.top is not None:
+            top = [(token, self._decode([token]), value) for token, value in sampled.top]
+        return TokenEvent(request.id, sampled.token, text, sampled.logprob, top, reason, length, live.emitted)
 
     def _end(self, live: _Live, reason: str) -> None:
         del self._live[live.request.id]

@@ -60,5 +60,3 @@ def _imported(reference: str, say: Callable[[str], None]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     import_gguf(file, target)
     return target
-
-

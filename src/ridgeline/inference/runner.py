@@ -131,7 +131,8 @@ class DecodeStep(nn.Module):
             x = layer(x, rotation, rows, positions, biases[kind])
         if mark:
             _dynamic(0, x, rows)
-        return self.tail(x, rows)
+        out: tuple[Tensor, Tensor, Tensor] = self.tail(x, rows)
+        return out
 
 
 class Front(nn.Module):
@@ -172,6 +173,10 @@ class Front(nn.Module):
 class DecodeLayer(nn.Module):
     """A block with its part of the cache."""
 
+    keys: Tensor
+    values: Tensor
+    heads: Tensor
+
     def __init__(self, block: Block, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.block = block
@@ -179,12 +184,9 @@ class DecodeLayer(nn.Module):
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("heads", torch.arange(keys.shape[1], device=keys.device)[None], persistent=False)
 
-    def forward(
-        self, x: Tensor, rotation: Rotation | None, rows: Tensor, positions: Tensor, bias: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, rows: Tensor, positions: Tensor, bias: Tensor) -> Tensor:
         """``x`` ``[rows, 1, hidden]`` -> same. Writes the new key and value at ``positions`` and reads the window."""
-        keys: Tensor = self.keys
-        values: Tensor = self.values
+        keys, values = self.keys, self.values
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             count, window = bias.shape[0], bias.shape[3]
@@ -194,7 +196,8 @@ class DecodeLayer(nn.Module):
             mixed = grouped_attention(q[:count], keys[:count, :, :window], values[:count, :, :window], bias)
             return mixed if count > 1 else mixed.expand(q.shape)
 
-        return self.block(x, rotation, attend)
+        out: Tensor = self.block(x, rotation, attend)
+        return out
 
 
 class Tail(nn.Module):

@@ -154,7 +154,8 @@ class Scheduler:
 
     def _chunks(self) -> list[Chunk]:
         """Prompt pieces for one step, oldest sequence first, within the budget."""
-        chunks, left = [], self.prefill_budget
+        chunks: list[Chunk] = []
+        left = self.prefill_budget
         for sequence in self._order.values():
             start = sequence.computed
             while start < sequence.prompt_tokens:

@@ -49,7 +49,15 @@ class Tokenizer:
         return int(self._raw.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; ``add_special_tokens`` lets the tokenizer's post-processor add its own (a BOS, say)."""
+        """Token ids; ``add_special_tokens`` lets the tokenizer's post-processor add its own (a BOS, say).
+
+        Raises:
+            UserError: the text holds a lone surrogate (bytes that were no UTF-8), which no tokenizer can take.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is not valid UTF-8 (character {error.start} is a lone surrogate)") from None
         return list(self._raw.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

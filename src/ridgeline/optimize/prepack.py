@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ MIN_GAIN = 1.0  # of the times summed over DECODE_ROWS; a tie goes to plain
 DECODE_ROWS = (1, 8)
 SAMPLE_BYTES = 64 * 2**20  # weights used by the measurement: more than most caches, little time
 
-_library = torch.library.Library("ridgeline", "DEF")
-_library.define(
+_library = torch.library.Library("ridgeline", "DEF")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
     "packed_linear(Tensor x, Tensor packed, Tensor? bias) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
@@ -37,7 +38,8 @@ _library.define(
 def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // x.shape[-1]
     if rows >= 2:
-        return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+        return out
     padded = x.reshape(1, -1).expand(MIN_ROWS, -1).contiguous()
     out = torch.ops.mkldnn._linear_pointwise.default(padded, packed, bias, "none", [], "")
     return out[:1].clone().view(*x.shape[:-1], -1)
@@ -48,9 +50,8 @@ def _packed_linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tens
 
 
 # The weight is an opaque oneDNN tensor, so that is where a call is dispatched to.
-_library.impl("packed_linear", _packed_linear, "CPU")
-_library.impl("packed_linear", _packed_linear, "MkldnnCPU")
-_library.impl("packed_linear", _packed_linear_shape, "Meta")
+for _key, _kernel in (("CPU", _packed_linear), ("MkldnnCPU", _packed_linear), ("Meta", _packed_linear_shape)):
+    _library.impl("packed_linear", _kernel, _key)  # type: ignore[no-untyped-call]
 
 
 class PackedLinear(nn.Module):
@@ -65,7 +66,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        return torch.ops.ridgeline.packed_linear(x, self.packed, self.bias)
+        out: Tensor = torch.ops.ridgeline.packed_linear(x, self.packed, self.bias)
+        return out
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def available(weight: Tensor) -> str | None:
         return f"weights on {weight.device.type}"
     if weight.dtype != torch.bfloat16:
         return f"weights in {str(weight.dtype).removeprefix('torch.')}"
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # type: ignore[no-untyped-call]
         return "no oneDNN bf16 on this CPU"
     return None
 
@@ -118,8 +120,7 @@ def decide(decoder: Decoder, rows: tuple[int, ...] = DECODE_ROWS) -> PackDecisio
         for count in rows:
             inputs = [torch.ones(count, weight.shape[1], dtype=weight.dtype) for weight in weights]
             plain[count], packed[count] = _interleaved(
-                lambda i=inputs: [F.linear(x, w) for x, w in zip(i, weights, strict=True)],
-                lambda i=inputs: [_packed_linear(x, p, None) for x, p in zip(i, packs, strict=True)],
+                partial(_each, F.linear, inputs, weights), partial(_each, _packed, inputs, packs)
             )
     gains = {count: plain[count] / packed[count] for count in rows}
     better = sum(plain.values()) > MIN_GAIN * sum(packed.values())
@@ -137,7 +138,7 @@ def pack_decoder(decoder: Decoder) -> Callable[[Tensor], Tensor]:
         setattr(parent, name, PackedLinear(linear.weight, linear.bias))
     head = PackedLinear(decoder.head_weight, decoder.head_bias)
     if decoder.head is not None:
-        decoder.head = head
+        decoder.head = head  # type: ignore[assignment]
     return head
 
 
@@ -149,6 +150,15 @@ def _sampled(decoder: Decoder) -> list[Tensor]:
             break
         chosen.append(linear.weight.detach())
     return chosen
+
+
+def _packed(x: Tensor, packed: Tensor) -> Tensor:
+    return _packed_linear(x, packed, None)
+
+
+def _each(linear: Callable[[Tensor, Tensor], Tensor], inputs: list[Tensor], weights: list[Tensor]) -> None:
+    for x, weight in zip(inputs, weights, strict=True):
+        linear(x, weight)
 
 
 def _interleaved(a: Callable[[], Any], b: Callable[[], Any], rounds: int = 7) -> tuple[float, float]:
