@@ -48,6 +48,7 @@ class Line:
 
     runs: Path
     announce: Callable[[str], None]
+    server_log: Path
     stages: list[Stage] = field(default_factory=list)
 
     def verb(self, name: str, *arguments: str) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def run_line(
     started = time.perf_counter()
     overall = Run.create("demo", "quick" if quick else "", config={"config": str(config), "quick": quick}, root=runs)
     with overall:
-        line = Line(runs, announce)
+        line = Line(runs, announce, overall.artifact("server.log"))
         line.verb("env", "env", *(["--quick"] if quick else []))
         line.verb("data", "data", "build", str(config))
         line.verb("plan", "plan", "show", str(config))
@@ -147,16 +148,17 @@ def _served(line: Line, model: str, port: int | None, options: Sequence[str]) ->
     line.announce(" ".join(["ridgeline", *command, "&"]))
     started = time.perf_counter()
     full = [sys.executable, "-m", "ridgeline", *command, "--runs", str(line.runs), "--json"]
-    process = subprocess.Popen(full, stdout=subprocess.PIPE, text=True)
+    with open(line.server_log, "a", encoding="utf-8") as log:  # a line per request, kept beside the report
+        process = subprocess.Popen(full, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
-        ready = _wait_until_ready(process)  # its one line of JSON: url, model, run
+        ready = _wait_until_ready(process, line.server_log)  # its one line of JSON: url, model, run
         line.stages.append(Stage("serve", " ".join(["ridgeline", *command]), time.perf_counter() - started, ready))
         yield ready["url"]
     finally:
         _drain(process)
 
 
-def _wait_until_ready(process: subprocess.Popen[str]) -> dict[str, Any]:
+def _wait_until_ready(process: subprocess.Popen[str], log: Path) -> dict[str, Any]:
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
@@ -164,7 +166,7 @@ def _wait_until_ready(process: subprocess.Popen[str]) -> dict[str, Any]:
             raise JobError(f"the server was not ready within {READY_SECONDS} s")
     text = process.stdout.readline()
     if not text:
-        raise JobError(f"the server ended with exit code {process.wait()} before it was ready")
+        raise JobError(f"the server ended with exit code {process.wait()} before it was ready: see {log}")
     document: dict[str, Any] = json.loads(text)
     return document
 

@@ -81,9 +81,7 @@ def _resumed_in_place(job: JobConfig, resume: str, runs: Path | None) -> Run:
 
 
 def _show(run: Run, as_json: bool) -> None:
-    from ridgeline.plan import compare
-
-    rows = compare(run.load_json("prediction.json") or {}, run.summary)
+    rows = run.load_json("comparison.json") or []
     if as_json:
         emit({"run": run.id, "status": run.info["status"], "summary": run.summary, "predicted": rows})
         return
@@ -94,7 +92,8 @@ def _show(run: Run, as_json: bool) -> None:
             soft_wrap=True,
         )
     out.print(_figures(summary), soft_wrap=True)
-    out.print(_comparison(rows))
+    if rows:
+        out.print(_comparison(rows))
     out.print(
         f"MFU = {summary.get('mfu_formula')}; against {summary.get('mfu_denominator')}", style="dim", soft_wrap=True
     )

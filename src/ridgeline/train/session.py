@@ -21,6 +21,7 @@ from ridgeline.errors import JobError
 from ridgeline.hardware import Ceilings
 from ridgeline.parallel.collectives import Collectives
 from ridgeline.parallel.mesh import Layout, joined
+from ridgeline.plan import compare
 from ridgeline.runs import Run, write_atomic
 from ridgeline.train import checkpoint, loop
 from ridgeline.train.export import export
@@ -132,7 +133,15 @@ def _train(session: Session, trainer: loop.Trainer, say: Callable[[str], None]) 
         export(trainer.state, trainer.batches.dataset, trainer.run.artifact("model"), trainer.layout)
     if trainer.recorder is not None:
         trainer.run.summarize(**loop.summary(trainer, time.perf_counter() - started))
+        _compare_with_plan(trainer.run)
     return status
+
+
+def _compare_with_plan(run: Run) -> None:
+    """Keep what was predicted beside what was measured."""
+    prediction = run.load_json("prediction.json")
+    if prediction is not None:
+        run.save_json("comparison.json", compare(prediction, run.summary))
 
 
 def _restore(state: TrainState, source: Path, batches: Batches, say: Callable[[str], None]) -> None:
