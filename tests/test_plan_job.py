@@ -223,12 +223,10 @@ def test_time_adds_up_and_grows(layers: int, heads: int, seq: int, batch: int, r
 def test_two_gpus_halve_the_work_and_two_processes_on_a_cpu_do_not() -> None:
     one, two = TimeSetup(512, 8, 4), TimeSetup(512, 8, 4, procs=2)
     for part in ("block GEMMs", "head GEMMs", "attention", "elementwise"):
-        assert time_plan(model(), two, GPU).step_seconds_by_part[part] == pytest.approx(
-            time_plan(model(), one, GPU).step_seconds_by_part[part] / 2
-        )
-        assert time_plan(model(), two, CPU).step_seconds_by_part[part] == pytest.approx(
-            time_plan(model(), one, CPU).step_seconds_by_part[part]
-        )
+        single, pair = (time_plan(model(), setup, GPU).step_seconds_by_part[part] for setup in (one, two))
+        assert pair == pytest.approx(single / 2, rel=0.02)  # each rank reads all weights: not exactly half
+        single, pair = (time_plan(model(), setup, CPU).step_seconds_by_part[part] for setup in (one, two))
+        assert pair == pytest.approx(single)
     assert time_plan(model(), one, CPU).step_seconds_by_part["collectives"] == 0
     assert time_plan(model(), two, CPU).step_seconds_by_part["collectives"] > 0
 

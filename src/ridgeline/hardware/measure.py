@@ -6,6 +6,7 @@ working, one JSON document at the end.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -32,16 +33,17 @@ class Effort:
     repeats: int
     seconds_per_size: float
     buffer_bytes: int  # at least; more when the caches are larger
+    loads_compiler: bool = False
 
 
 EFFORTS = {
-    ("cpu", "full"): Effort((1024, 2048, 4096), 5, 0.5, 2 * GIB),
+    ("cpu", "full"): Effort((1024, 2048, 4096), 5, 0.5, 2 * GIB, True),
     ("cpu", "quick"): Effort((1024, 2048), 3, 0.25, GIB // 2),
-    ("cuda", "full"): Effort((1024, 2048, 4096, 8192, 16384), 10, 1.0, 8 * GIB),
+    ("cuda", "full"): Effort((1024, 2048, 4096, 8192, 16384), 10, 1.0, 8 * GIB, True),
     ("cuda", "quick"): Effort((2048, 4096, 8192), 5, 0.3, 2 * GIB),
 }
-DISTURBED = 0.1  # of the CPUs used by others: more than this and the figures come with a note
 PROBE = 256  # a first GEMM that tells whether the real sizes are affordable; reported only when none is
+ELEMENTWISE = {"cpu": 1 << 16, "cuda": 1 << 26}  # elements, per thread on a CPU (512 KiB in and out)
 BUFFER_OVER_CACHE = 8  # the buffer is at least this many times all of the largest cache
 
 
@@ -56,7 +58,7 @@ def main(arguments: list[str]) -> None:
 def measure(kind: str, effort: Effort) -> dict[str, Any]:
     """All single-device ceilings of ``kind``."""
     notes: list[str] = []
-    process_bytes, before = resident_bytes(), load()
+    process_bytes, before = training_process_bytes(effort), load()
     dtypes = ["fp32", "bf16", "int8"] if kind == "cpu" else ["fp32", "tf32", "bf16", "fp16", "fp8", "int8"]
     gemm: dict[str, dict[str, float]] = {}
     for index, dtype in enumerate(dtypes):
@@ -66,21 +68,19 @@ def measure(kind: str, effort: Effort) -> dict[str, Any]:
         except (RuntimeError, NotImplementedError, AttributeError) as error:
             notes.append(f"GEMM {dtype} not measured: {str(error).splitlines()[0][:120]}")
     tell(len(dtypes) / (len(dtypes) + 2), "memory bandwidth")
+    elementwise = exponentials_per_second(kind, effort.repeats)
     size = buffer_bytes(kind, effort)
     bandwidth = bandwidths(kind, size, effort.repeats) if size else {"copy": None, "read": None}
     if not size:
         notes.append("bandwidth not measured: an eighth of the free memory is not larger than the caches")
-    share = others_share(before, load())
-    if kind == "cpu" and share is not None and share > DISTURBED:
-        notes.append(
-            f"other processes used {share:.0%} of the CPUs meanwhile: too low; measure again (--refresh) when quiet"
-        )
     return {
         "gemm_by_size": gemm,
         "copy_bytes_per_second": bandwidth["copy"],
         "read_bytes_per_second": bandwidth["read"],
+        "elementwise_per_second": elementwise,
         "buffer_bytes": size,
         "process_bytes": process_bytes,
+        "others_share": others_share(before, load()) if kind == "cpu" else None,
         "notes": notes,
     }
 
@@ -152,6 +152,13 @@ def bandwidths(kind: str, size: int, repeats: int) -> dict[str, float]:
     return {"copy": copy, "read": read}
 
 
+def exponentials_per_second(kind: str, repeats: int) -> float:
+    """fp32 elements per second of ``exp``: what softmax, SiLU and GELU are made of. On a CPU the data stay in cache."""
+    elements = ELEMENTWISE["cuda"] if kind == "cuda" else ELEMENTWISE["cpu"] * torch.get_num_threads()
+    x, out = torch.randn(elements, device=kind), torch.empty(elements, device=kind)
+    return elements / best_seconds(lambda: torch.exp(x, out=out), kind, 10 * repeats, 0.2)
+
+
 def best_seconds(work: Callable[[], Any], kind: str, repeats: int, budget: float) -> float:
     """Best of at least two and at most ``10 * repeats`` timings after one warm-up, within ``budget`` seconds."""
     timer = cuda_seconds if kind == "cuda" else cpu_seconds
@@ -162,6 +169,14 @@ def best_seconds(work: Callable[[], Any], kind: str, repeats: int, budget: float
         best = min(best, timer(work))
         count += 1
     return best
+
+
+def training_process_bytes(effort: Effort) -> int | None:
+    """Resident memory with what every training process loads; a quick measurement leaves the compiler out."""
+    importlib.import_module("torch.distributed.fsdp")
+    if effort.loads_compiler:
+        importlib.import_module("torch._inductor.compile_fx")
+    return resident_bytes()
 
 
 def resident_bytes(root: Path = ROOT) -> int | None:

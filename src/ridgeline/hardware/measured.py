@@ -29,7 +29,8 @@ from ridgeline.runs import write_atomic
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]
-FORMAT = 1  # of the cache file; raise it when the way of measuring changes
+DISTURBED = 0.1  # of the CPUs used by others
+FORMAT = 2  # of the cache file; raise it when the way of measuring changes
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,17 @@ class Ceilings:
     quick: bool = False
     collective_ranks: int = 2
     buffer_bytes: int = 0  # of the bandwidth tests
-    process_bytes: int | None = None  # resident memory of a process that has done nothing but import torch
+    elementwise_per_second: float | None = None  # exponentials of fp32, data in cache on a CPU
+    process_bytes: int | None = None  # resident memory of a process that has loaded torch's training modules
     gemm_by_size: dict[str, dict[str, float]] = field(default_factory=dict)  # dtype -> edge length -> FLOP/s
+    others_share: float | None = None  # of the CPUs, used by other processes while measuring
     seconds: float = 0.0  # the measurement took
     notes: tuple[str, ...] = ()  # what was not measured, and why
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other processes took so much of the CPUs that the rates are too low to be ceilings."""
+        return self.others_share is not None and self.others_share > DISTURBED
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -180,6 +188,9 @@ def _measure(key: dict[str, Any], quick: bool, progress: Progress | None) -> Cei
     )
     datasheet = peaks_for(key["device"])
     notes = [*group["notes"], *alone["notes"]]
+    share = alone["others_share"]
+    if share is not None and share > DISTURBED:
+        notes.append(f"other processes used {share:.0%} of the CPUs meanwhile: too low; measure again when it is quiet")
     if datasheet is None:
         notes.append(f"no datasheet peaks: '{key['device']}' is not in the peak table")
     return Ceilings(
@@ -197,8 +208,10 @@ def _measure(key: dict[str, Any], quick: bool, progress: Progress | None) -> Cei
         threads=key["threads"],
         quick=quick,
         buffer_bytes=alone["buffer_bytes"],
+        elementwise_per_second=alone["elementwise_per_second"],
         process_bytes=alone["process_bytes"],
         gemm_by_size=alone["gemm_by_size"],
+        others_share=alone["others_share"],
         seconds=round(group["seconds"] + alone["seconds"], 2),
         notes=tuple(notes),
     )

@@ -1,9 +1,11 @@
 """Predicted seconds of one training step, part by part, from the device's measured ceilings.
 
-No part has a factor without a name: GEMMs and attention run at a stated share of the measured GEMM ceiling
-(:data:`EFFICIENCY`), everything else at the measured copy bandwidth or bus bandwidth, each operation's bytes counted
-without reuse in cache between operations. What is left out (launches, Python, the input pipeline) is listed as such;
-a calibration factor from finished runs (:mod:`ridgeline.plan.calibration`) may scale the sum and is then named.
+No factor is without a name. GEMMs: FLOPs at the measured ceiling plus their operands' bytes at the copy bandwidth, not
+overlapped. Attention: a stated share of the GEMM ceiling (:data:`ATTENTION_SHARE`). Element-wise work: the slower of its
+bytes at copy bandwidth (no reuse in cache between operations) and the elements it writes at the measured rate of
+exponentials.
+What is left out (launches, Python, the input pipeline) is listed as such. A calibration factor from finished runs
+(:mod:`ridgeline.plan.calibration`) may scale the sum and is then named.
 """
 
 from __future__ import annotations
@@ -12,24 +14,21 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ridgeline.errors import UserError
-from ridgeline.plan.flops import attention_forward, matmul_parameters
+from ridgeline.plan.flops import attention_forward, block_products, matmul_parameters
 from ridgeline.plan.memory import FP32, ITEMSIZE, group_sizes, sharded_elements
 
 if TYPE_CHECKING:
     from ridgeline.hardware import Ceilings
     from ridgeline.models.config import DecoderConfig
 
-# Shares of the best square GEMM that the operations of a training step reach. A training step's GEMMs are narrow on one
-# side and their transposes strided; attention spends its time in exponentials too. Starting points, not results: they
-# are stored with every plan, and finished runs correct them.
-EFFICIENCY = {
-    "cpu": {"gemm": 0.75, "attention": 0.25},
-    "cuda": {"gemm": 0.75, "attention": 0.5},
-}
+# Share of the GEMM ceiling that attention reaches, counted over the causal half of the scores: it spends its time in
+# exponentials and small products. CPU figures: 512 positions on two AVX512-BF16 cores, compiled and eager; CUDA: a
+# starting point. They are stored with every plan, and finished runs correct the sum.
+ATTENTION_SHARE = {"cpu": {"compiled": 0.33, "eager": 0.17}, "cuda": {"compiled": 0.5, "eager": 0.5}}
 ATTENTION_BACKWARD = 2.5  # flash attention's backward over its forward: the scores are computed again
 ADAMW_BYTES = 7 * FP32  # read parameter, gradient, two moments; write parameter and moments
 CLIP_BYTES = 3 * FP32  # read for the norm; read and write to scale
-LOSS_PASSES = 4  # over the logits, in the compute dtype: written, read for the softmax, gradient written, read
+LOSS_PASSES = {"cpu": 5, "cuda": 3}  # over a chunk of logits in fp32: one by one on a CPU, partly fused on a GPU
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,17 @@ def time_plan(config: DecoderConfig, setup: TimeSetup, ceilings: Ceilings) -> Ti
     passes = 4 if setup.recompute else 3  # forward, backward (twice a forward), and the forward again
     attention = attention_forward(config, setup.seq_len) * (1 + ATTENTION_BACKWARD + (passes - 3))
     local = sharded_elements(config, setup.procs) * sharing
-    moved = elementwise_bytes(config, setup) * (passes * config.num_layers)
+    item = ITEMSIZE[setup.dtype]
+    written, moved = elementwise_elements(config, setup)
+    rows = tokens * passes * config.num_layers
+    operands = item * config.num_layers * sum(tokens * (o + i) + o * i for o, i in block_products(config).values())
+    head_operands = item * (tokens * (config.vocab_size + config.hidden_size) + head)
     parts = {
-        "block GEMMs": 2.0 * blocks * passes * tokens / rates["gemm"],
-        "head GEMMs": 6.0 * head * tokens / rates["gemm"],
+        "block GEMMs": 2.0 * blocks * passes * tokens / rates["gemm"] + passes * operands / rates["copy"],
+        "head GEMMs": 6.0 * head * tokens / rates["gemm"] + 3 * head_operands / rates["copy"],
         "attention": attention * tokens / rates["attention"],
-        "elementwise": moved * tokens / rates["copy"],
-        "loss": LOSS_PASSES * ITEMSIZE[setup.dtype] * config.vocab_size * tokens / rates["copy"],
+        "elementwise": rows * max(item * moved / rates["copy"], written / rates["elementwise"]),
+        "loss": LOSS_PASSES[ceilings.kind] * tokens * config.vocab_size / rates["elementwise"],
         "optimizer": (ADAMW_BYTES + (CLIP_BYTES if setup.clip else 0)) * local / rates["copy"],
         "parameter copies": parameter_copy_bytes(config, setup) * sharing / rates["copy"],
         "collectives": collective_seconds(config, setup, ceilings),
@@ -99,7 +102,7 @@ def time_plan(config: DecoderConfig, setup: TimeSetup, ceilings: Ceilings) -> Ti
         "kind": ceilings.kind,
         "measured_at": ceilings.measured_at,
         "rates_per_second": rates,
-        "efficiency": EFFICIENCY[ceilings.kind],
+        "attention_share": _attention_share(setup, ceilings.kind),
         "tokens_per_device": tokens,
         "ranks_per_device": sharing,
         "micro_steps": setup.micro_steps,
@@ -108,22 +111,22 @@ def time_plan(config: DecoderConfig, setup: TimeSetup, ceilings: Ceilings) -> Ti
     return TimePlan(sum(parts.values()), parts, _formulas(setup, ceilings.kind), inputs)
 
 
-def elementwise_bytes(config: DecoderConfig, setup: TimeSetup) -> int:
-    """Bytes per token that one block's element-wise operations move in forward; a backward moves twice as many.
+def elementwise_elements(config: DecoderConfig, setup: TimeSetup) -> tuple[int, int]:
+    """(elements written, elements read and written) per token by one block's forward; a backward moves twice that.
 
     Norms read and write h; each residual sum reads two rows and writes one; rotary reads and writes q and k; the
-    activation reads its input and writes f; attention reads q, k, v and writes its output. Not compiled, the bf16
-    RMSNorm goes through fp32 (its row is read and written three more times at 4 bytes).
+    activation reads its input and writes f; attention lays out q, k, v and its output anew. Not compiled, an RMSNorm
+    is six operations instead of one and a gated activation two.
     """
-    item, h, f = ITEMSIZE[setup.dtype], config.hidden_size, config.intermediate_size
+    h, f = config.hidden_size, config.intermediate_size
     a, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     norms = 1 if config.parallel_residual else 2
-    rows = norms * 2 * h + 2 * 3 * h + (2 * a + 2 * k)
-    rows += 3 * f if config.gated_mlp else 2 * f
-    rows += 2 * (a + k) if config.positions == "rotary" else 0
-    rows += 2 * (a + k) if config.qk_norm else 0
-    eager = 0 if setup.compiled or config.norm == "layer" else norms * 6 * h * FP32
-    return rows * item + eager
+    norm_steps = 6 if config.norm == "rms" and not setup.compiled else 1
+    rotated = (a + k) * ((config.positions == "rotary") + config.qk_norm)
+    gate_steps = 2 if config.gated_mlp and not setup.compiled else 1
+    written = norms * h * norm_steps + 2 * h + rotated + gate_steps * f + 2 * a + 2 * k
+    read = norms * h * norm_steps + 4 * h + rotated + gate_steps * (2 if config.gated_mlp else 1) * f + 2 * a + 2 * k
+    return written, written + read
 
 
 def parameter_copy_bytes(config: DecoderConfig, setup: TimeSetup) -> float:
@@ -175,25 +178,32 @@ def _rates(setup: TimeSetup, ceilings: Ceilings) -> dict[str, float]:
     if gemm is None or ceilings.copy_bytes_per_second is None:
         what = f"the {setup.dtype} GEMM" if gemm is None else "copy bandwidth"
         raise UserError(f"ceilings: {what} was not measured on this device; run `ridgeline env --refresh`")
-    share = EFFICIENCY[ceilings.kind]
+    # A record without a rate of exponentials leaves element-wise work to the bandwidth alone.
+    elementwise = ceilings.elementwise_per_second or ceilings.copy_bytes_per_second / FP32
     return {
-        "gemm": gemm * share["gemm"],
-        "attention": gemm * share["attention"],
+        "gemm": gemm,
+        "attention": gemm * _attention_share(setup, ceilings.kind),
         "copy": ceilings.copy_bytes_per_second,
+        "elementwise": elementwise,
     }
 
 
+def _attention_share(setup: TimeSetup, kind: str) -> float:
+    return ATTENTION_SHARE[kind]["compiled" if setup.compiled else "eager"]
+
+
 def _formulas(setup: TimeSetup, kind: str) -> dict[str, str]:
-    passes = "8" if setup.recompute else "6"
-    share = EFFICIENCY[kind]
+    gemm, again = f"measured {setup.dtype} GEMM", " + 1 recomputed" if setup.recompute else ""
+    clip = f" + {CLIP_BYTES} B clipping" if setup.clip else ""
     return {
-        "block GEMMs": f"{passes} N_blocks tokens / ({share['gemm']:g} x measured {setup.dtype} GEMM)",
-        "head GEMMs": f"6 V h tokens / ({share['gemm']:g} x measured {setup.dtype} GEMM)",
-        "attention": f"4 heads head_dim s/2 L x (1 forward + {ATTENTION_BACKWARD:g} backward"
-        f"{' + 1 recomputed' if setup.recompute else ''}) tokens / ({share['attention']:g} x measured {setup.dtype} GEMM)",
-        "elementwise": "bytes of norms, residuals, rotary, activation, attention in and out / copy bandwidth",
-        "loss": f"{LOSS_PASSES} passes over the logits / copy bandwidth",
-        "optimizer": f"{ADAMW_BYTES} B AdamW{f' + {CLIP_BYTES} B clipping' if setup.clip else ''} per parameter of the shard / copy bandwidth",
+        "block GEMMs": f"{8 if setup.recompute else 6} N_blocks tokens / {gemm} + operands / copy bandwidth",
+        "head GEMMs": f"6 V h tokens / {gemm} + operands / copy bandwidth",
+        "attention": f"4 heads head_dim s/2 L (1 + {ATTENTION_BACKWARD:g} backward{again}) tokens / "
+        f"({_attention_share(setup, kind):g} x {gemm})",
+        "elementwise": "norms, residuals, rotary, activation, attention's in and out: the slower of their bytes / copy "
+        "bandwidth and elements written / exponentials",
+        "loss": f"{LOSS_PASSES[kind]} passes over the logits / exponentials",
+        "optimizer": f"{ADAMW_BYTES} B AdamW{clip} per parameter of the shard / copy bandwidth",
         "parameter copies": "casts and copies of gathered weights and reduced gradients / copy bandwidth",
         "collectives": "gathered bytes (n-1)/n / all-gather + gradient bytes / all-reduce bus bandwidth, none hidden",
         "data": "0: prefetched, assumed hidden",
