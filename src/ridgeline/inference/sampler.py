@@ -21,6 +21,7 @@ from torch import Tensor
 from ridgeline.inference.request import SamplingParams
 
 BLOCK = 128  # of the two-level cumulative sum
+COLDEST = 1e-20  # below it fp32 knows only 0, and 0 / 0 is no weight
 NUCLEUS = 512  # most likely tokens tried before a full sort
 
 
@@ -98,7 +99,8 @@ def probabilities(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
     The most likely token has weight 1, what is cut has weight 0.
     """
-    scaled = (scores - scores.amax(-1, keepdim=True)) / _column([p.temperature for p in params], scores)
+    temperatures = _column([max(p.temperature, COLDEST) for p in params], scores)
+    scaled = (scores - scores.amax(-1, keepdim=True)) / temperatures
     vocab = scaled.shape[-1]
     limited = [row for row, p in enumerate(params) if 0 < p.top_k < vocab]
     if limited:

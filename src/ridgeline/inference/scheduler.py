@@ -23,14 +23,13 @@ from ridgeline.errors import UserError
 
 @dataclass
 class Sequence:
-    """A request's place in the schedule. ``computed`` tokens are in the cache; ``emitted`` have been generated."""
+    """A request's place in the schedule. ``computed`` of its tokens are in the cache."""
 
     id: str
     prompt_tokens: int
     max_tokens: int
     slot: int = -1
     computed: int = 0
-    emitted: int = 0
 
     @property
     def decoding(self) -> bool:
