@@ -64,9 +64,14 @@ def sum_gradients(decoder: nn.Module) -> None:
     The setting does not reach the groups below a module, so every group gets it.
     """
     for module in decoder.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and _world(module) > 1:  # alone, FSDP2 does not divide
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _world(module: FSDPModule) -> int:
+    parameter = next(module.parameters())  # type: ignore[attr-defined]
+    return parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
 
 
 def release(decoder: nn.Module) -> None:
