@@ -395,6 +395,13 @@ def ridgeline(*arguments):
     return left.value.code or 0
 
 
+def test_the_room_is_imported_without_torch_arrow_or_a_table_engine():
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'pyarrow', 'polars', 'narwhals', 'zstandard']));"
+    code = f"{blocked} from ridgeline.data import Dataset, SampleOrder, build; print(SampleOrder(9, 0).order(3))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and 0 <= int(done.stdout) < 9, done.stderr
+
+
 def test_why_finds_documents_by_id_path_place_and_beginning(tmp_path, mixed):
     build(section(tmp_path, [mixed]))
     folder, rows = tmp_path / "out", table(tmp_path / "out").to_dicts()

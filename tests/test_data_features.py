@@ -278,3 +278,11 @@ def test_a_corpus_in_another_language_falls_to_the_stop_words_of_english():
     french = "Le premier ministre a présenté hier devant les députés un programme qui doit " * 1
     text = french + " ".join(f"relancer{chr(97 + i % 26)}{chr(97 + i // 26)} l'économie" for i in range(60))
     assert judge(measure([text]), rules(FilterSection(repetition=False)))[0].reason == "min_stop_words"
+
+
+@pytest.mark.parametrize("rule", rules(FilterSection()), ids=lambda rule: rule.name)
+def test_a_value_on_its_limit_stays_and_one_beyond_it_goes(rule):
+    beyond = np.nextafter(rule.limit, -np.inf if rule.side == "min" else np.inf)
+    values = np.zeros((2, len(FEATURES)))
+    values[:, FEATURES.index(rule.feature)] = rule.limit, beyond
+    assert [verdict and verdict.reason for verdict in judge(values, [rule])] == [None, rule.name]

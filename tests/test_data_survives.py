@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 
-from ridgeline.data import Dataset, build, disk
+from ridgeline.data import Dataset, assemble, build, disk
 from ridgeline.data.pool import Workers
 from ridgeline.data.workspace import Workspace
 from ridgeline.errors import JobError, UserError
@@ -38,7 +39,9 @@ def kill_when(process, condition, limit=60):
         time.sleep(0.001)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()  # not communicate(): a worker that lived on would hold the pipes open
+    process.stdout.close()
+    process.stderr.close()
     return children
 
 
@@ -73,7 +76,9 @@ def test_kill_9_twice_then_resume_is_byte_equal_and_redoes_no_finished_shard(tmp
     build(settings)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     _, alive = psutil.wait_procs(orphans, timeout=10)
-    assert not alive, "workers outlived the build that was killed"
+    for orphan in alive:
+        orphan.kill()
+    assert orphans and not alive, "workers outlived the build that was killed"
 
 
 def test_shards_of_another_configuration_are_never_mixed_in(tmp_path, monkeypatch):
@@ -147,6 +152,30 @@ def test_a_rebuild_that_fails_leaves_the_old_dataset(tmp_path, monkeypatch):
     after = contents_without_work(tmp_path / "out")
     assert after == before
     Dataset.open(tmp_path / "out").verify()
+
+
+@pytest.mark.parametrize("moved", [0, 4, 8, 9])
+def test_a_rebuild_cut_off_between_its_renames_never_passes_for_a_dataset(tmp_path, monkeypatch, moved):
+    source = jsonl(tmp_path / "x.jsonl", [text(i) for i in range(12)])
+    settings = section(tmp_path, [source])
+    build(settings)
+    changed, count = settings.model_copy(update={"seed": 3}), 0
+
+    def replace(origin, target):
+        nonlocal count
+        if count == moved:
+            raise Stop
+        count += 1
+        os.replace(origin, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(assemble, "os", SimpleNamespace(replace=replace))
+        build(changed, rebuild=True)
+    with pytest.raises(UserError, match="build is not finished"):
+        Dataset.open(tmp_path / "out")
+    build(changed)
+    build(changed.model_copy(update={"path": str(tmp_path / "fresh")}))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def contents_without_work(folder):
