@@ -72,6 +72,7 @@ class FakeEngine:
         self.cancelled: list[str] = []
         self.release = threading.Event()
         self.threads: set[int] = set()
+        self.decode = {"decode_steps": 0, "decode_tokens": 0, "decode_bytes": 0, "decode_seconds": 0.0}
 
     def submit(self, request: Any) -> None:
         self.threads.add(threading.get_ident())
@@ -90,7 +91,8 @@ class FakeEngine:
 
     def stats(self) -> dict[str, Any]:
         share = len(self.running) / self.max_batch
-        return {"running": len(self.running), "waiting": len(self.waiting), "kv_usage": share, "preemptions": 0}
+        counts = {"running": len(self.running), "waiting": len(self.waiting), "kv_usage": share, "preemptions": 0}
+        return {**counts, **self.decode}
 
     def step(self) -> list[Any]:
         self.threads.add(threading.get_ident())
@@ -101,6 +103,10 @@ class FakeEngine:
             if len(entry.request.prompt) > 1000:
                 seconds += self.prefill_seconds
         time.sleep(seconds)
+        self.decode["decode_steps"] += 1
+        self.decode["decode_tokens"] += len(self.running)
+        self.decode["decode_bytes"] += 1000
+        self.decode["decode_seconds"] += 0.5
         return [self._advance(entry) for entry in list(self.running.values())]
 
     def _advance(self, entry: Any) -> Any:

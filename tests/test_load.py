@@ -23,6 +23,7 @@ import pytest
 from ridgeline.errors import JobError, UserError
 from ridgeline.runs import list_runs
 from ridgeline.serving.load.runner import load_test, measure
+from ridgeline.serving.load.server_side import account, parse
 from ridgeline.serving.load.stats import percentile, percentiles, summarize
 from ridgeline.serving.load.workload import Exchange, LoadSettings, arrivals, bodies
 from serving_fake import FakeEngine, running
@@ -61,12 +62,12 @@ class ScriptedServer:
 
     def _run(self) -> None:
         self._loop.run_until_complete(self._start())
+        self._loop.call_soon(self._ready.set)  # only once it runs forever does `stop` end it
         self._loop.run_forever()
 
     async def _start(self) -> None:
         self._server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
-        self._ready.set()
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._server.close)
@@ -351,6 +352,19 @@ def test_the_run_it_leaves(tmp_path: Path) -> None:
     assert "secret" not in (made.path / "config.json").read_text()
     page = (made.path / "artifacts" / "latency.html").read_text()
     assert "Time to first token" in page and not re.search(r'<script[^>]+src="?http', page)
+
+
+def test_the_servers_own_account(tmp_path: Path) -> None:
+    with running(FakeEngine(max_batch=4)) as live:
+        live.thread.read_ceiling = 8000.0
+        settings = LoadSettings(live.url, requests=8, concurrency=4, max_tokens=50)
+        summary = load_test(settings, runs_root=tmp_path).summary
+    assert summary["decode_bytes_per_second"] == 2000.0 and summary["mbu"] == 0.25  # 1000 bytes per half second
+    assert 1 < summary["decode_batch_mean"] <= 4
+    assert account({}, {}) == {}
+    assert parse('vllm:x{model_name="m"} 3.0\nridgeline_decode_steps_total{model_name="m"} 5.0\n') == {
+        "decode_steps": 5.0
+    }
 
 
 def test_a_test_without_any_answer_is_a_failed_job(tmp_path: Path) -> None:

@@ -247,6 +247,7 @@ def test_it_drains_and_leaves_a_run(server: Server) -> None:
     assert errors.count("request id=") > 20 and "draining" in errors
     run = Run.open(server.document["run"], server.runs)
     assert run.kind == "serve" and run.info["status"] == "done" and run.summary["model"] == "tiny"
+    assert run.summary["decode_bytes_per_second"] > 0 and run.summary["decode_batch_mean"] > 1
     assert run.summary["statuses"]["499"] == 2 and run.summary["statuses"]["400"] == 1
 
 

@@ -101,8 +101,20 @@ def _print(run: Any, summary: dict[str, Any]) -> None:
         f"{summary['completed']} of {summary['requests']} requests in {summary['seconds']:.1f} s: "
         f"{summary['tokens_per_second']:.1f} tokens/s, {summary['requests_per_second']:.2f} requests/s"
     )
+    if "decode_bytes_per_second" in summary:
+        out.print(_bandwidth(summary))
     if "goodput" in summary:
         out.print(f"goodput {summary['goodput']:.2f} requests/s ({summary['slo_met']} met the targets)")
     for kind, count in summary["errors_by_kind"].items():
         out.print(f"errors: {count} {kind}")
     out.print(f"run {run.id}; plot {run.path / 'artifacts' / 'latency.html'}")
+
+
+def _bandwidth(summary: dict[str, Any]) -> str:
+    """The server's own account, beside its limit."""
+    from ridgeline.cli.units import human_rate
+
+    ceiling = summary["read_ceiling_bytes_per_second"]
+    beside = f" of {human_rate(ceiling, 'B/s')} measured, MBU {summary['mbu']:.0%}" if ceiling else ""
+    rate = human_rate(summary["decode_bytes_per_second"], "B/s")
+    return f"decode batch {summary['decode_batch_mean']:.1f} on average, {rate}{beside}"

@@ -38,7 +38,7 @@ def serve(
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP endpoint."""
     from ridgeline.inference import resolve_model
-    from ridgeline.serving.loading import engine_loader, served_name
+    from ridgeline.serving.loading import engine_loader, known_ceilings, served_name
     from ridgeline.serving.server import Serving, raise_for
     from ridgeline.serving.server import serve as run_server
     from ridgeline.serving.settings import ServeSettings
@@ -64,7 +64,12 @@ def serve(
     def announce(serving: Serving) -> None:
         _announce(serving, as_json)
 
-    outcome = run_server(loader, settings, config=config, runs_root=runs, on_ready=announce)
+    limits = known_ceilings()
+    if limits is None:
+        print(
+            "ridgeline: no measured ceilings, so no MBU will be shown (`ridgeline env` measures them)", file=sys.stderr
+        )
+    outcome = run_server(loader, settings, config=config, ceilings=limits, runs_root=runs, on_ready=announce)
     if outcome.stuck:  # the engine's thread is inside a step that does not end: no clean way to join it
         os._exit(1)
     raise_for(outcome)

@@ -102,6 +102,8 @@ class EngineThread:
         self.stall_seconds = stall_seconds
         self.stats: dict[str, Any] = {}
         self.error: BaseException | None = None
+        self.first_stats: dict[str, Any] = {}  # before the first request
+        self.read_ceiling: float | None = None  # the device's measured read bandwidth, bytes per second
         self.steps = 0
         self.on_step: Callable[[float], None] | None = None
         self._load = load
@@ -211,6 +213,7 @@ class EngineThread:
             if self._load is not None:
                 self.engine = self._load()
             self._refresh()
+            self.first_stats = self.stats
         except BaseException as error:
             self._fail(error)
             return

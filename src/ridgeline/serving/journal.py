@@ -8,6 +8,8 @@ from collections import Counter, deque
 from typing import Any
 
 from ridgeline.runs import Run
+from ridgeline.serving.engine_thread import EngineThread
+from ridgeline.serving.load.server_side import account
 from ridgeline.serving.load.stats import percentiles
 from ridgeline.serving.records import Record
 
@@ -43,9 +45,10 @@ class Journal:
             self._rows += 1
             self._guard(lambda: self._run.log(**record.row()))
 
-    def finish(self, status: str, error: str | None) -> None:
-        """Write the summary and close the run."""
-        self._guard(lambda: self._run.summarize(**self.summary()))
+    def finish(self, status: str, error: str | None, thread: EngineThread) -> None:
+        """Write the summary, with the engine's own account of its decode steps, and close the run."""
+        engine = account(thread.first_stats, {**thread.stats, "ceiling": thread.read_ceiling})
+        self._guard(lambda: self._run.summarize(**self.summary(), **engine))
         # Rows a full disk did not take make the first close fail; the second finds the file closed.
         for _ in range(2):
             if self._run.info["status"] == "running":

@@ -45,6 +45,14 @@ def engine_loader(folder: Path, settings: ServeSettings, *, dtype: str, compile:
     return load
 
 
+def known_ceilings() -> Any | None:
+    """The device's measured ceilings when they are in the cache: a server does not measure (25 s) before it answers."""
+    from ridgeline.hardware.measured import cache_folder, cache_key, ceilings, digest
+
+    file = cache_folder() / f"ceilings-{digest(cache_key())}.json"
+    return ceilings() if file.is_file() else None
+
+
 def warm_up(engine: Any) -> None:
     """One short greedy request, thrown away."""
     from ridgeline.inference import Request, SamplingParams

@@ -31,6 +31,11 @@ _COUNTERS = {
     "preemptions": ("vllm:num_preemptions", "Sequences put back to wait for KV space."),
     "prefix_queries": ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     "prefix_hits": ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    "decode_steps": ("ridgeline_decode_steps", "Engine steps that decoded."),
+    "decode_tokens": ("ridgeline_decode_tokens", "Rows of those steps: tokens made by decoding, not by prefill."),
+    "decode_bytes": ("ridgeline_decode_bytes", "Weights and resident cache those steps had to read."),
+    "decode_seconds": ("ridgeline_decode_seconds", "Seconds spent in them, sampling included."),
+    "prefill_seconds": ("ridgeline_prefill_seconds", "Seconds spent computing prompts."),
 }
 
 
@@ -101,6 +106,9 @@ class _EngineCollector:
                 counter = CounterMetricFamily(name, text, labels=("model_name",))
                 counter.add_metric((self._model,), float(stats[key]))
                 yield counter
+        if self._thread.read_ceiling is not None:
+            text = "Measured memory read bandwidth."
+            yield self._gauge("ridgeline_read_ceiling_bytes_per_second", text, self._thread.read_ceiling)
         yield self._gauge("ridgeline_open_sequences", "Sequences not finished.", self._thread.open_sequences)
         yield self._gauge("ridgeline_queue_capacity", "Sequences that may be open.", self._thread.capacity)
         age = self._thread.last_step_age()

@@ -56,13 +56,15 @@ def serve(
     settings: ServeSettings,
     *,
     config: dict[str, Any] | None = None,
+    ceilings: Any | None = None,
     runs_root: str | Path | None = None,
     on_ready: Callable[[Serving], None] | None = None,
 ) -> Outcome:
     """Serve the engine that ``load`` makes until SIGTERM or SIGINT. Blocks; call it on the main thread.
 
     The port is bound before the model is loaded and answers 503 until it is. The first signal drains: not ready at
-    once, new requests 503, open ones finish. The second aborts them.
+    once, new requests 503, open ones finish. The second aborts them. ``ceilings`` (of `ridgeline.hardware`) are what
+    the engine's bandwidth is held against.
 
     Raises:
         UserError: the port or host cannot be used.
@@ -72,6 +74,9 @@ def serve(
     with listener, Run.create("serve", settings.name, config={**public, **(config or {})}, root=runs_root) as run:
         journal = Journal(run)
         thread = EngineThread(load=load, capacity=settings.capacity, stall_seconds=settings.stall_seconds)
+        if ceilings is not None:
+            run.save_json("ceilings.json", ceilings.to_dict())
+            thread.read_ceiling = ceilings.read_bytes_per_second
         app = create_app(thread, settings, journal.record)
         endpoint: Endpoint = app.state.endpoint
         server = _Server(_uvicorn_config(app, settings), endpoint)
@@ -81,7 +86,7 @@ def serve(
             runner.run(supervisor.main())
         stuck = not thread.stop()
         outcome = Outcome(run, server.aborted, stuck, thread.error)
-        journal.finish(*_status(outcome))
+        journal.finish(*_status(outcome), thread)
     return outcome
 
 

@@ -14,6 +14,7 @@ import msgspec
 from ridgeline.errors import JobError
 from ridgeline.runs import Run
 from ridgeline.serving.load.client import Connection, Target, exchange
+from ridgeline.serving.load.server_side import account, scrape
 from ridgeline.serving.load.stats import samples, summarize
 from ridgeline.serving.load.workload import Exchange, LoadSettings, arrivals, bodies
 
@@ -30,11 +31,11 @@ def load_test(settings: LoadSettings, *, runs_root: str | Path | None = None, pr
 
     public = {key: value for key, value in asdict(settings).items() if key != "api_key"}
     with Run.create("load", settings.model or "", config=public, root=runs_root) as run:
-        model, exchanges, seconds = asyncio.run(measure(settings, progress))
+        model, exchanges, seconds, server = asyncio.run(_observed(settings, progress))
         for item in sorted(exchanges, key=lambda item: item.sent):
             run.log(**item.row())
         described = {"url": settings.url, "model": model, "description": describe(settings)}
-        summary = {**described, **summarize(exchanges, seconds, settings)}
+        summary = {**described, **summarize(exchanges, seconds, settings), **server}
         run.summarize(**summary)
         run.save_json("latencies.json", samples(exchanges))
         write_plot(run.artifact("latency.html"), exchanges, summary)
@@ -42,6 +43,16 @@ def load_test(settings: LoadSettings, *, runs_root: str | Path | None = None, pr
             first = next((f"{e.error}: {e.detail}" for e in exchanges if e.error), "no request was sent")
             raise JobError(f"{settings.url}: none of {len(exchanges)} requests was answered ({first})")
     return run
+
+
+async def _observed(
+    settings: LoadSettings, progress: Progress | None
+) -> tuple[str, list[Exchange], float, dict[str, Any]]:
+    """`measure`, between two looks at the server's own counters."""
+    target = Target.parse(settings.url, settings.api_key)
+    before = await scrape(target, settings.timeout)
+    model, exchanges, seconds = await measure(settings, progress)
+    return model, exchanges, seconds, account(before, await scrape(target, settings.timeout))
 
 
 def describe(settings: LoadSettings) -> str:
