@@ -239,7 +239,11 @@ def test_busy_neighbours_are_noticed() -> None:
 def test_a_disturbed_measurement_says_so(measured: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ceilings(device="cpu").disturbed
     monkeypatch.setitem(ALONE, "others_share", 0.4)
+    monkeypatch.setitem(ALONE, "gemm_by_size", {"fp32": {"1024": 5e10}, "bf16": {"1024": 9e11}})
+    monkeypatch.setitem(ALONE, "copy_bytes_per_second", 1e9)
     noisy = ceilings(device="cpu", refresh=True)
+    assert noisy.gemm_flops_per_second == {"fp32": 2e11, "bf16": 9e11}, "what was reached once is kept"
+    assert noisy.copy_bytes_per_second == 2e10 and any("kept from then" in note for note in noisy.notes)
     assert noisy.disturbed and any("40% of the CPUs" in note for note in noisy.notes)
 
 

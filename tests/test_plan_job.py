@@ -269,6 +269,11 @@ def test_a_plan_is_consistent_and_is_json() -> None:
     assert recomputed["flops"]["per_token"] == document["flops"]["per_token"]
 
 
+def test_a_plan_from_a_busy_machine_says_so() -> None:
+    assert plan_job(job(), model(), CPU).notes == ()
+    assert "busy machine" in plan_job(job(), model(), replace(CPU, others_share=0.5)).notes[0]
+
+
 def test_calibration_scales_every_part_and_is_named() -> None:
     plain = plan_job(job(), model(), CPU).to_dict()
     scaled = plan_job(job(), model(), CPU, Calibration(1.5, ("run-a",))).to_dict()

@@ -124,10 +124,16 @@ def plan_job(job: JobConfig, config: DecoderConfig, ceilings: Ceilings, calibrat
         peak_flops_per_second=ceilings.gemm_flops_per_second[train.dtype] * devices,
         devices=devices,
         dtype=train.dtype,
-        notes=parameters.warnings,
+        notes=(*parameters.warnings, *_about(ceilings)),
     )
     warning = utilisation_warning(plan.mfu)
     return plan if warning is None else replace(plan, notes=(*plan.notes, warning))
+
+
+def _about(ceilings: Ceilings) -> list[str]:
+    if not ceilings.disturbed:
+        return []
+    return ["the ceilings were measured on a busy machine and are too low: times are too long, MFU too high"]
 
 
 def _memory_setup(setup: TimeSetup, ceilings: Ceilings) -> MemorySetup:
