@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,16 @@ from ridgeline.train.optimizer import build_optimizer
 from ridgeline.train.record import drop_after
 from ridgeline.train.schedule import learning_rate
 from ridgeline.train.state import draw_parameters
-from train_tools import SEQ, corpus, losses, tiny, weights
+from train_tools import SEQ, corpus, losses, pretend_ceilings, tiny, weights
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return corpus(tmp_path_factory.mktemp("corpus"))
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("corpus")
+    pretend_ceilings(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RIDGELINE_CACHE", str(folder))
+        yield corpus(folder)
 
 
 @pytest.fixture(scope="module")

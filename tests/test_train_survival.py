@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,30 @@ import pytest
 from ridgeline.errors import JobError
 from ridgeline.runs import Run
 from ridgeline.train import checkpoint, train
-from train_tools import corpus, finish, losses, only_run, start, steps_done, tiny, toml, wait_until, weights
+from train_tools import (
+    corpus,
+    finish,
+    losses,
+    only_run,
+    pretend_ceilings,
+    start,
+    steps_done,
+    tiny,
+    toml,
+    wait_until,
+    weights,
+)
 
 LONG = {"train__steps": 120, "train__checkpoint_every": 20, "train__eval_every": 50}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return corpus(tmp_path_factory.mktemp("corpus"))
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("corpus")
+    pretend_ceilings(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RIDGELINE_CACHE", str(folder))
+        yield corpus(folder)
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +209,16 @@ def test_full_disk_leaves_the_previous_checkpoint(data: dict[str, Any], uninterr
         folder.rmdir()
     resumed = train(tiny(data, **{**LONG, "train__keep_checkpoints": 1}), resume=run.id, runs_root=small_disk)
     assert weights(resumed) == weights(uninterrupted)
+
+
+def test_demo_on_two_processes_shares_its_micro_batch(tmp_path: Path) -> None:
+    """The batch of 8 rows of examples/demo.toml becomes 4 for each of two processes; what can not be shared is refused."""
+    example = Path(__file__).parents[1] / "examples/demo.toml"
+    overrides = ["model.hidden=60", "data.sources=[]", f"data.path={tmp_path}/none"]
+    code, _, err = finish(start([example, "--procs", "2", *overrides], tmp_path))
+    assert code == 2 and "train.micro_batch_size 8 -> 4: the share of each of 2 processes" in err, err
+    code, _, err = finish(start([example, "--procs", "3"], tmp_path))
+    assert code == 2 and "not a multiple of micro_batch_size x procs" in err and len(err.splitlines()) == 1
 
 
 def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:

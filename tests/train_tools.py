@@ -14,6 +14,7 @@ from typing import Any
 
 from ridgeline.config import JobConfig, parse_config
 from ridgeline.data import build
+from ridgeline.hardware.measured import Ceilings, cache_key, digest
 from ridgeline.runs import Run
 
 SEQ = 16
@@ -40,6 +41,25 @@ def corpus(folder: Path) -> dict[str, Any]:
     }
     build(parse_config({"data": table}).data)
     return table
+
+
+def pretend_ceilings(folder: Path) -> None:
+    """A cache of ceilings for this machine, so that a test neither measures nor depends on what was measured."""
+    key = cache_key()
+    rates = dict.fromkeys(("copy_bytes_per_second", "read_bytes_per_second"), 1e10)
+    rates |= dict.fromkeys(("all_reduce_bytes_per_second", "all_gather_bytes_per_second"), 1e9)
+    record = {
+        "device": key["device"],
+        "kind": key["kind"],
+        "gemm_flops_per_second": {"fp32": 1e11, "bf16": 2e11},
+        **rates,
+        "backend": "gloo",
+        "measured_at": "2026-01-01T00:00:00+00:00",
+        "versions": key["versions"],
+        "datasheet": None,
+    }
+    document = {"key": key, "ceilings": Ceilings.from_dict(record).to_dict()}
+    (folder / f"ceilings-{digest(key)}.json").write_text(json.dumps(document))
 
 
 def tiny(data: dict[str, Any], **changes: Any) -> JobConfig:

@@ -35,7 +35,7 @@ def build(
 
     job = load_config(config, overrides or ())
     with Run.create("data", job.data.name, config=job.model_dump(mode="json"), root=runs) as run:
-        with _bar() as progress:
+        with build_bar() as progress:
             report = build_dataset(job.data, progress, rebuild=rebuild)
         document = {"run": run.id, **report.to_dict(), "folder": str(Path(report.folder).resolve())}
         run.save_json("report.json", document)
@@ -175,7 +175,7 @@ def _latest(runs: Path | None) -> Path:
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[str, int, int | None, str], None]]:
+def build_bar() -> Iterator[Callable[[str, int, int | None, str], None]]:
     """A progress bar on stderr, one line per pass; nothing where stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from ridgeline.runs import Run
 
 app = new_app("Pretrain a model, or continue one.")
 
+IMPLAUSIBLE_MFU = 0.9
 ARGUMENTS = typer.Argument(None, metavar="[CONFIG] [section.key=value ...]", help="TOML file, then overrides.")
 
 
@@ -41,21 +44,35 @@ def train(
     from ridgeline.train import train as train_job
     from ridgeline.train.worker import leave
 
+    rank, world = outer_world() or (0, 1)
+    if world == 1:
+        _prepare(job)
     target = _resumed_in_place(job, resume, runs) if profile and resume else None
     run = train_job(job, run=target, resume=resume, profile=ProfileSpec() if profile else None, runs_root=runs)
-    rank, world = outer_world() or (0, 1)
     if rank == 0:
         _show(run, as_json)
     if world > 1:
         leave(0)
 
 
+def _prepare(job: JobConfig) -> None:
+    """What takes long before the first step, under its own progress bars: the dataset and the device's ceilings."""
+    from ridgeline.cli.data import build_bar
+    from ridgeline.cli.env import measure_with_progress
+    from ridgeline.train.source import ensure_dataset
+    from ridgeline.train.worker import say_on_stderr
+
+    with build_bar() as progress:
+        ensure_dataset(job.data, say_on_stderr, progress)
+    measure_with_progress(refresh=False, quick=False, device=None)
+
+
 def _overrides(arguments: list[str] | None, procs: int | None, init: str | None) -> list[str]:
     overrides = [argument for argument in arguments or [] if "=" in argument]
-    if procs is not None:
-        overrides.append(f"parallel.procs={procs}")
     if init is not None:
         overrides.append(f"model.init={init}")
+    if procs is not None:
+        overrides.append(f"parallel.procs={procs}")
     return overrides
 
 
@@ -64,12 +81,31 @@ def _job(arguments: list[str] | None, overrides: list[str], resume: str | None, 
     if len(files) > 1:
         raise UserError(f"one configuration at a time, got {', '.join(files)}")
     if files:
-        return load_config(files[0], overrides)
+        return _fitting(partial(load_config, files[0]), overrides)
     if resume is None:
         raise UserError("give a configuration (such as examples/demo.toml) or --resume RUN")
     from ridgeline.train.start import continued_config
 
-    return continued_config(Run.open(resume, runs), overrides)
+    return _fitting(partial(continued_config, Run.open(resume, runs)), overrides)
+
+
+def _fitting(load: Callable[[list[str]], JobConfig], overrides: list[str]) -> JobConfig:
+    """Load; where ``--procs`` leaves a rank fewer rows than a micro-batch, the micro-batch is cut to them, and said."""
+    try:
+        return load(overrides)
+    except UserError:
+        others = [override for override in overrides if not override.startswith("parallel.procs=")]
+        if len(others) == len(overrides) or any("micro_batch_size" in override for override in others):
+            raise
+        train, procs = load(others).train, int(overrides[-1].partition("=")[2])
+        rows, left = divmod(train.global_batch_size, procs)
+        if left or rows >= train.micro_batch_size:
+            raise
+        job = load([*overrides, f"train.micro_batch_size={rows}"])
+        console(True).print(
+            f"train.micro_batch_size {train.micro_batch_size} -> {rows}: the share of each of {procs} processes"
+        )
+        return job
 
 
 def _resumed_in_place(job: JobConfig, resume: str, runs: Path | None) -> Run:
@@ -82,8 +118,10 @@ def _resumed_in_place(job: JobConfig, resume: str, runs: Path | None) -> Run:
 
 def _show(run: Run, as_json: bool) -> None:
     rows = run.load_json("comparison.json") or []
+    verdict = _verdict(run)
     if as_json:
-        emit({"run": run.id, "status": run.info["status"], "summary": run.summary, "predicted": rows})
+        document = {"run": run.id, "status": run.info["status"], "summary": run.summary, "predicted": rows}
+        emit({**document, "verdict": verdict} if verdict else document)
         return
     out, summary = console(), run.summary
     if run.info["status"] == "interrupted":
@@ -97,9 +135,22 @@ def _show(run: Run, as_json: bool) -> None:
     out.print(
         f"MFU = {summary.get('mfu_formula')}; against {summary.get('mfu_denominator')}", style="dim", soft_wrap=True
     )
+    if summary.get("mfu") and summary["mfu"] > IMPLAUSIBLE_MFU:
+        out.print("this is above 90 %: the ceiling was probably measured on a busy machine; `ridgeline env --refresh`")
+    if verdict:
+        out.print(verdict, soft_wrap=True)
     if (run.path / "artifacts/model").is_dir():
         out.print(f"model {run.path / 'artifacts/model'}", soft_wrap=True)
     out.print(f"run {run.id}", soft_wrap=True)
+
+
+def _verdict(run: Run) -> str | None:
+    """The profile's one line, when steps of this run were recorded."""
+    if not (run.path / "artifacts/traces").is_dir():
+        return None
+    from ridgeline.profiling.session import record
+
+    return record(run).verdict.line
 
 
 def _figures(summary: dict[str, Any]) -> str:

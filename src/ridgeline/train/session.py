@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -74,7 +75,7 @@ class Session:
 def run_session(session: Session, say: Callable[[str], None]) -> None:
     """Train in this process, alone or as one rank. Rank 0 writes the run and closes it as done or interrupted."""
     job, run = session.config, Run.open(session.run)
-    with StopRequest() as stop, _watched(job) as watch, joined(device_type()) as layout:
+    with StopRequest() as stop, _watched(job) as watch, _quiet(), joined(device_type()) as layout:
         say = say if layout.is_main else _silent
         trainer = _prepare(session, job, run, layout, stop, watch, say)
         try:
@@ -177,6 +178,14 @@ def _watched(job: JobConfig) -> Iterator[CompileWatch | None]:
 
     with CompileWatch() as watch:
         yield watch
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """FSDP2 warns of views that an in-place op could break; nothing here works in place on a module's output."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
+        yield
 
 
 @contextmanager

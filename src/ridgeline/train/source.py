@@ -63,7 +63,9 @@ class Batches:
         """The samples of a step: ``{sample, tokens: [first, end), documents: [id (source), ...]}`` each."""
         section = self.section
         tokens = self.dataset.split("train")
-        samples = batch_samples(tokens, step - 1, section.global_batch_size, section.seq_len, section.seed, split="train")
+        samples = batch_samples(
+            tokens, step - 1, section.global_batch_size, section.seq_len, section.seed, split="train"
+        )
         documents = _train_documents(self.dataset.path)
         starts = np.array([offset for offset, _ in documents], dtype=np.int64)
         described = []
@@ -89,5 +91,7 @@ def _train_documents(folder: Path) -> list[tuple[int, str]]:
 
     table = pq.read_table(folder / "provenance.parquet", columns=["id", "source", "split", "token_offset"])
     table = table.filter(pc.equal(table["split"], "train"))
-    names = [f"{row} ({source})" for row, source in zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True)]
+    names = [
+        f"{row} ({source})" for row, source in zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True)
+    ]
     return sorted(zip(table["token_offset"].to_pylist(), names, strict=True))

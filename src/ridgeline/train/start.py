@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ridgeline.config import JobConfig, parse_config
 from ridgeline.errors import JobError, UserError
 from ridgeline.parallel.mesh import outer_world
+from ridgeline.plan import calibration
 from ridgeline.runs import Run
 from ridgeline.train.launch import launch
 from ridgeline.train.session import Session
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ridgeline.profiling import ProfileSpec
 
 Say = Callable[[str], None]
+CALIBRATION_STEPS = 10  # steady steps a run needs before the planner learns from it
 
 # What a checkpoint depends on: another value is another run, not a continuation.
 FROZEN = ("model", "train.seed", "train.seq_len", "train.global_batch_size", "data.split", "data.tokenizer")
@@ -194,6 +196,8 @@ def _finished(run: Run) -> Run:
     run = Run.open(run.path)
     if run.info["status"] == "running":
         run.finish("interrupted")
+    if run.kind == "train" and run.info["status"] == "done" and run.summary["steady_steps"] >= CALIBRATION_STEPS:
+        calibration.record(run)
     return run
 
 
