@@ -19,7 +19,7 @@ from ridgeline.errors import UserError
 from ridgeline.hardware import Ceilings
 from ridgeline.kernels.rope import cos_sin
 from ridgeline.models import Decoder, DecoderConfig, config_from_section
-from ridgeline.plan import Calibration, compare, memory_plan, plan_job, time_plan
+from ridgeline.plan import History, compare, memory_plan, plan_job, time_plan
 from ridgeline.plan import activations as kept_activations
 from ridgeline.plan import calibration as calibrations
 from ridgeline.plan.memory import MemorySetup, group_sizes, sharded_elements
@@ -276,7 +276,8 @@ def test_a_plan_from_a_busy_machine_says_so() -> None:
 
 def test_calibration_scales_every_part_and_is_named() -> None:
     plain = plan_job(job(), model(), CPU).to_dict()
-    scaled = plan_job(job(), model(), CPU, Calibration(1.5, ("run-a",))).to_dict()
+    history = History((("toy", plain["step_seconds"] / 100, 9.0), ("run-a", plain["step_seconds"], 1.5)))
+    scaled = plan_job(job(), model(), CPU, history).to_dict()
     assert scaled["step_seconds"] == pytest.approx(1.5 * plain["step_seconds"])
     assert scaled["step_seconds_uncalibrated"] == plain["step_seconds"]
     assert scaled["step_seconds"] == pytest.approx(sum(scaled["step_seconds_by_part"].values()))
@@ -294,29 +295,33 @@ def finished_run(root: Path, prediction: dict[str, Any], **summary: float) -> Ru
 def test_finished_runs_correct_the_next_prediction(tmp_path: Path) -> None:
     prediction = plan_job(job(), model(), CPU).to_dict()
     seconds = prediction["step_seconds"]
-    assert calibrations.for_job(CPU, "bf16", 1, True, tmp_path) is None
+    assert calibrations.for_job(CPU, "bf16", 1, True, tmp_path) == History()
     for factor in (2.0, 3.0, 10.0):
         run = finished_run(tmp_path / "runs", prediction, tokens_per_second=4096 / (seconds * factor))
         assert calibrations.record(run, tmp_path) == pytest.approx(factor)
     calibrations.record(run, tmp_path)  # the same run again counts once
     known = calibrations.for_job(CPU, "bf16", 1, True, tmp_path)
-    assert known is not None and known.factor == pytest.approx(3.0) and len(known.runs) == 3
+    near = known.near(seconds)
+    assert near is not None and near.factor == pytest.approx(3.0) and len(near.runs) == 3
+    assert known.near(seconds / 5) is None and known.near(seconds * 5) is None, "toys and giants tell nothing"
     for other in (("fp32", 1, True), ("bf16", 2, True), ("bf16", 1, False)):
-        assert calibrations.for_job(CPU, *other, tmp_path) is None
-    assert calibrations.for_job(replace(CPU, device="Other"), "bf16", 1, True, tmp_path) is None
+        assert calibrations.for_job(CPU, *other, tmp_path) == History()
+    assert calibrations.for_job(replace(CPU, device="Other"), "bf16", 1, True, tmp_path) == History()
     # A run planned with the factor still reports against the uncalibrated prediction: the factor does not compound.
     again = plan_job(job(), model(), CPU, known).to_dict()
     run = finished_run(tmp_path / "runs", again, step_seconds=seconds * 3)
     assert calibrations.record(run, tmp_path) == pytest.approx(3.0)
     (file,) = tmp_path.glob("calibration-*.json")
     file.write_text("{")
-    assert calibrations.for_job(CPU, "bf16", 1, True, tmp_path) is None
+    assert calibrations.for_job(CPU, "bf16", 1, True, tmp_path) == History()
 
 
 def test_a_run_without_a_measurement_is_not_recorded(tmp_path: Path) -> None:
     prediction = plan_job(job(), model(), CPU).to_dict()
     assert calibrations.record(finished_run(tmp_path / "runs", prediction), tmp_path) is None
     assert calibrations.record(finished_run(tmp_path / "runs", {}, step_seconds=1.0), tmp_path) is None
+    busy = plan_job(job(), model(), replace(CPU, others_share=0.5)).to_dict()
+    assert calibrations.record(finished_run(tmp_path / "runs", busy, step_seconds=1.0), tmp_path) is None
     assert not list(tmp_path.glob("calibration-*"))
 
 

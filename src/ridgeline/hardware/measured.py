@@ -133,7 +133,7 @@ def best_of(disturbed: Ceilings, known: Ceilings) -> Ceilings:
     """The larger of each rate: what the device reached once is within its ceiling, however busy it is now."""
     gemm = {**known.gemm_flops_per_second, **disturbed.gemm_flops_per_second}
     gemm = {dtype: max(rate, known.gemm_flops_per_second.get(dtype, 0.0)) for dtype, rate in gemm.items()}
-    rates = {}
+    rates: dict[str, Any] = {}
     for name in (
         item.name for item in fields(Ceilings) if item.name.endswith("_per_second") and "gemm" not in item.name
     ):

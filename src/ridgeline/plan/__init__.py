@@ -3,7 +3,7 @@
 Pure functions of a configuration and of the device's ceilings. Nothing here imports torch.
 """
 
-from ridgeline.plan.calibration import Calibration
+from ridgeline.plan.calibration import Calibration, History
 from ridgeline.plan.comparison import compare
 from ridgeline.plan.estimates import Speculation, megatron_flops, speculation, training_seconds, utilisation_warning
 from ridgeline.plan.flops import FlopCount, flops_per_token
@@ -15,6 +15,7 @@ from ridgeline.plan.step_time import TimePlan, time_plan
 __all__ = [
     "Calibration",
     "FlopCount",
+    "History",
     "MemoryPlan",
     "ParameterReport",
     "Plan",

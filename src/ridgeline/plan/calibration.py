@@ -1,7 +1,9 @@
 """Calibration: finished runs correct the time model of their device. The factor is always named in a plan.
 
 One file per device in the cache folder keeps, for each run, predicted and measured seconds per step. The factor for a
-job is the median ratio of the last runs with the same dtype, process count and compile setting.
+job is the median ratio of the last runs with the same dtype, process count and compile setting whose predicted step
+was within a factor of four of the job's: what slows a toy down (Python, launches) says nothing about a large step. Runs
+whose ceilings were measured on a busy machine are not remembered.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from ridgeline.hardware import Ceilings
     from ridgeline.runs import Run
 
+ALIKE = 4.0  # predicted steps within this factor of one another
 LAST = 5  # runs of one kind that count
 KEPT = 200  # entries in a file
 SETTING = ("dtype", "procs", "compiled")
@@ -37,33 +40,42 @@ class Calibration:
         return asdict(self)
 
 
-def load(device: str, setting: dict[str, Any], folder: Path | None = None) -> Calibration | None:
-    """The factor for ``device`` and ``setting`` (``dtype, procs, compiled``), or None when no run of that kind is known."""
-    entries = [entry for entry in _entries(_file(device, folder)) if all(entry.get(k) == setting[k] for k in SETTING)]
-    last = entries[-LAST:]
-    if not last:
-        return None
-    return Calibration(statistics.median(entry["ratio"] for entry in last), tuple(entry["run"] for entry in last))
+@dataclass(frozen=True)
+class History:
+    """Finished runs of one kind on one device, oldest first: ``(run, predicted seconds, measured / predicted)``."""
+
+    runs: tuple[tuple[str, float, float], ...] = ()
+
+    def near(self, predicted: float) -> Calibration | None:
+        """The factor for a step predicted to take ``predicted`` seconds, or None when no run was of that size."""
+        alike = [run for run in self.runs if 1 / ALIKE <= run[1] / predicted <= ALIKE][-LAST:]
+        if not alike:
+            return None
+        return Calibration(statistics.median(ratio for _, _, ratio in alike), tuple(name for name, _, _ in alike))
 
 
-def for_job(
-    ceilings: Ceilings, dtype: str, procs: int, compiled: bool, folder: Path | None = None
-) -> Calibration | None:
-    """:func:`load` with the names a plan uses."""
-    return load(ceilings.device, {"dtype": dtype, "procs": procs, "compiled": compiled}, folder)
+def for_job(ceilings: Ceilings, dtype: str, procs: int, compiled: bool, folder: Path | None = None) -> History:
+    """What is known of finished runs with this setting on the device of ``ceilings``; empty when nothing is."""
+    setting = dict(zip(SETTING, (dtype, procs, compiled), strict=True))
+    entries = _entries(_file(ceilings.device, folder))
+    alike = [entry for entry in entries if all(entry.get(key) == value for key, value in setting.items())]
+    return History(tuple((entry["run"], entry["predicted"], entry["ratio"]) for entry in alike))
 
 
 def record(run: Run, folder: Path | None = None) -> float | None:
     """Remember a finished run's measured against predicted (uncalibrated) seconds per step; returns their ratio.
 
     Reads ``prediction.json`` and ``summary.json`` of the run (``step_seconds``, or ``tokens_per_second``). None, and
-    nothing is remembered, when the run holds no prediction or no measurement. The same run replaces its own entry.
+    nothing is remembered, when the run holds no prediction or no measurement, or its ceilings were measured on a busy
+    machine. The same run replaces its own entry.
     """
     prediction, summary = run.load_json("prediction.json") or {}, run.summary
     predicted, measured = prediction.get("step_seconds_uncalibrated"), step_seconds(summary, prediction)
     if not predicted or not measured:
         return None
     inputs = prediction["time"]["inputs"]
+    if inputs.get("disturbed"):
+        return None
     entry = {
         "run": run.id,
         **{key: inputs[key] for key in SETTING},
@@ -94,6 +106,6 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     """Entries of a file; a missing or damaged one counts as empty: it is only a memory of runs that still exist."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))["runs"]
-        return [entry for entry in entries if entry["ratio"] > 0 and entry["run"]]
+        return [entry for entry in entries if entry["ratio"] > 0 and entry["predicted"] > 0 and entry["run"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ridgeline.plan.calibration import Calibration
+from ridgeline.plan.calibration import Calibration, History
 from ridgeline.plan.estimates import utilisation_warning
 from ridgeline.plan.flops import FlopCount, flops_per_token
 from ridgeline.plan.memory import MemoryPlan, MemorySetup, memory_plan
@@ -89,10 +89,11 @@ class Plan:
         }
 
 
-def plan_job(job: JobConfig, config: DecoderConfig, ceilings: Ceilings, calibration: Calibration | None = None) -> Plan:
+def plan_job(job: JobConfig, config: DecoderConfig, ceilings: Ceilings, calibration: History | None = None) -> Plan:
     """Plan ``job`` with the model ``config`` on the device of ``ceilings``.
 
-    ``calibration`` (:func:`ridgeline.plan.calibration.for_job`) scales the predicted time and is stored in the plan.
+    The runs in ``calibration`` (:func:`ridgeline.plan.calibration.for_job`) that were about as large scale the predicted
+    time; the factor and the runs are stored in the plan.
 
     Raises:
         UserError: a ceiling the prediction needs was not measured.
@@ -119,7 +120,7 @@ def plan_job(job: JobConfig, config: DecoderConfig, ceilings: Ceilings, calibrat
         flops=flops_per_token(config, train.seq_len, recompute),
         memory=memory,
         time=time,
-        calibration=calibration,
+        calibration=calibration.near(time.step_seconds) if calibration else None,
         tokens_per_step=train.global_batch_size * train.seq_len,
         peak_flops_per_second=ceilings.gemm_flops_per_second[train.dtype] * devices,
         devices=devices,

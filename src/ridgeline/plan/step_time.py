@@ -101,6 +101,7 @@ def time_plan(config: DecoderConfig, setup: TimeSetup, ceilings: Ceilings) -> Ti
         "device": ceilings.device,
         "kind": ceilings.kind,
         "measured_at": ceilings.measured_at,
+        "disturbed": ceilings.disturbed,
         "rates_per_second": rates,
         "attention_share": _attention_share(setup, ceilings.kind),
         "tokens_per_device": tokens,
