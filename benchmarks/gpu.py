@@ -92,7 +92,11 @@ def kernels_are_as_exact_as_torch(device: str, shape: dict[str, int], limits: Ce
     bias, gate_up = torch.randn(dim, dtype=torch.float64), torch.randn(rows, 2 * dim, dtype=torch.float64)
     half = gate_up.shape[-1] // 2
     pairs = {
-        "rms_norm": (lambda a, w: rms_norm.rms_norm(a, w, 1e-5), lambda a, w: F.rms_norm(a, (dim,), w, 1e-5), (x, weight)),
+        "rms_norm": (
+            lambda a, w: rms_norm.rms_norm(a, w, 1e-5),
+            lambda a, w: F.rms_norm(a, (dim,), w, 1e-5),
+            (x, weight),
+        ),
         "layer_norm": (
             lambda a, w, b: layer_norm.layer_norm(a, w, b, 1e-5),
             lambda a, w, b: F.layer_norm(a, (dim,), w, b, 1e-5),

@@ -63,7 +63,9 @@ def test_no_row_sees_the_future():
     assert torch.equal(before[:, :cut], after[:, :cut]) and not torch.equal(before[:, cut:], after[:, cut:])
 
 
-@pytest.mark.parametrize("allowed, seq, blocked", [(True, 512, True), (False, 512, False), (True, 64, False)])
+@pytest.mark.parametrize(
+    "allowed, seq, blocked", [(True, 512, True), (False, 512, False), (True, 64, False), (True, 1025, False)]
+)
 def test_the_dispatcher_blocks_compiled_long_sequences_where_allowed(allowed, seq, blocked):
     seen = []
 
@@ -77,6 +79,6 @@ def test_the_dispatcher_blocks_compiled_long_sequences_where_allowed(allowed, se
 
 
 def test_it_pays_where_there_are_no_matrix_units(monkeypatch):
-    for features, pays in (({"amx_tile": True}, False), ({"amx_tile": False}, True), ({}, True)):
+    for features, pays in (({"amx_tile": True}, False), ({"amx_tile": False}, True), ({}, True), (None, True)):
         monkeypatch.setattr(room, "cpu_inventory", lambda features=features: {"features": features})
         assert room.blocked_pays.__wrapped__() == pays

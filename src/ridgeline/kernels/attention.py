@@ -17,19 +17,21 @@ from torch import Tensor
 from ridgeline.hardware.inventory import cpu_inventory
 from ridgeline.kernels.blocked_attention import blocked_attention
 
-# From this length on the blocked form wins, once compiled, on a CPU without matrix units (AVX512-BF16, 2 cores, 512
-# positions, forward + backward: half the time of the fused kernel; run eagerly it is slower than that).
-BLOCKED_SEQ = 256
+# Between these lengths the blocked form wins, once compiled, on a CPU without matrix units (AVX512-BF16, 2 cores, 512
+# positions, forward + backward: half the time of the fused kernel; run eagerly it is slower than that). Above them what
+# the compiler keeps of the scores (see `blocked_attention`) would outgrow the rest of the step.
+BLOCKED_SEQ = (256, 1024)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, blocked: bool = False) -> Tensor:
     """Causal self-attention over one sequence from its start.
 
     ``q`` ``[batch, seq, heads, head_dim]``, ``k`` and ``v`` ``[batch, seq, kv_heads, head_dim]`` -> as ``q``.
-    ``blocked`` allows the blocked form where it wins (see `blocked_pays`): compiled, on a CPU, from `BLOCKED_SEQ` on.
+    ``blocked`` allows the blocked form where it wins (see `blocked_pays`): compiled, on a CPU, at the lengths of
+    `BLOCKED_SEQ`.
     """
     seq, grouped = q.shape[1], q.shape[2] != k.shape[2]
-    if blocked and torch.compiler.is_compiling() and q.device.type == "cpu" and seq >= BLOCKED_SEQ:
+    if blocked and torch.compiler.is_compiling() and q.device.type == "cpu" and BLOCKED_SEQ[0] <= seq <= BLOCKED_SEQ[1]:
         return blocked_attention(q, k, v, window)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     mask = None if window is None or seq <= window else causal_mask(seq, window, q.device)
@@ -40,7 +42,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, blocke
 @functools.cache
 def blocked_pays() -> bool:
     """Whether this CPU lacks AMX tiles, which torch's fused kernel is built for."""
-    return not cpu_inventory()["features"].get("amx_tile")
+    return not (cpu_inventory()["features"] or {}).get("amx_tile")
 
 
 def causal_mask(seq: int, window: int | None, device: torch.device) -> Tensor:

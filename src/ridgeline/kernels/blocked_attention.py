@@ -1,10 +1,11 @@
-"""Causal attention for CPUs without matrix units: blocks of queries, batched GEMMs, nothing quadratic kept.
+"""Causal attention for CPUs without matrix units: blocks of queries, batched GEMMs.
 
 The idea: torch's fused CPU kernel reaches its speed through AMX tiles; without them it runs at the rate of plain
 vector code, several times below what a bf16 batched GEMM gets. So cut the queries into blocks of 128 rows, give
 each block only the keys it may see (62.5 % of the square at four blocks), and let the GEMM library do the work.
 As in FlashAttention (Dao et al. 2022, arXiv:2205.14135) the forward pass keeps the output and the log-sum-exp of each row,
-and the backward pass makes the probabilities again from them. Scores pass through the input's precision between the
+and the backward pass makes the probabilities again from them. The compiler may see that both passes make the same scores
+and keep them instead (Inductor does, in fp32): quadratic, which is why the dispatcher stops at a length. Scores pass through the input's precision between the
 two GEMMs, as in the unfused formula; softmax and all sums are in fp32.
 """
 

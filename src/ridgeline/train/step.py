@@ -44,7 +44,7 @@ def forward_backward(state: TrainState, tokens: torch.Tensor, micro_batch: int, 
         with record_function("ridgeline.forward"):
             loss = state.decoder.loss(part[:, :-1], part[:, 1:].contiguous(), reduction="sum") / token_count
         with record_function("ridgeline.backward"):
-            loss.backward()
+            torch.autograd.backward(loss)
         total += loss.detach()
     return total
 

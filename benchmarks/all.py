@@ -1,0 +1,163 @@
+"""Run the benchmarks one after the other, keep their raw results in a run, and write ``evidence/*.json``.
+
+    make bench                                (everything, about half an hour on two cores)
+    python benchmarks/all.py --only train     (one of them)
+
+Each benchmark is a script of its own beside this one; what it writes is turned into quoted figures here, in one
+place, so that a figure's key, format and command are easy to find.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ridgeline.bench import write_evidence
+from ridgeline.hardware import ceilings
+from ridgeline.runs import Run
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+Document = dict[str, Any]
+Figures = dict[str, dict[str, Any]]
+Rows = list[list[str]]
+
+
+def main() -> int:
+    """Run what was asked for; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=list(BENCHMARKS))
+    parser.add_argument("--from", dest="source", type=Path, help="folder with NAME.json of earlier runs: only convert")
+    options = parser.parse_args()
+    names = options.only or list(BENCHMARKS)
+    with Run.create("bench", "-".join(names)) as run:
+        for name in names:
+            document = json.loads((options.source / f"{name}.json").read_text()) if options.source else measure(name)
+            run.save_json(f"artifacts/{name}.json", document)
+            publish(name, document, run)
+    return 0
+
+
+def measure(name: str) -> Document:
+    """Run one benchmark script; its document."""
+    print(f"$ python benchmarks/{name}.py", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        command = [sys.executable, str(HERE / f"{name}.py"), "--out", str(out)]
+        subprocess.run(command, check=True, cwd=ROOT)
+        document: Document = json.loads(out.read_text())
+    return document
+
+
+def publish(name: str, document: Document, run: Run) -> None:
+    """Write the evidence file of ``name`` and the run's headline figures."""
+    convert, measures = BENCHMARKS[name]
+    figures, tables = convert(document)
+    limits = ceilings()
+    write_evidence(
+        ROOT / "evidence" / f"{name}.json",
+        figures,
+        tables,
+        command=f"python benchmarks/all.py --only {name}",
+        device=f"{limits.device}, {len(os.sched_getaffinity(0))} cores",
+        measures=measures,
+        run=run.id,
+    )
+    run.summarize(**{key: figure["value"] for key, figure in figures.items()})
+    for key, figure in figures.items():
+        print(f"{key:<36} {format(figure['value'], figure.get('format', 'g'))} {figure['unit']}")
+
+
+def figure(value: float, unit: str, floor: float | None, shape: str = ".1f") -> dict[str, Any]:
+    """One quoted figure."""
+    return {"value": value, "unit": unit, "aa_floor": floor, "format": shape}
+
+
+def of_train(document: Document) -> tuple[Figures, dict[str, Rows]]:
+    """Tokens/s, MFU and ratios of every contender."""
+    rows = {row["name"]: row for row in document["rows"]}
+    ours = rows["ridgeline, 1 process"]
+    floor = max(row["aa_floor"] for row in rows.values() if "aa_floor" in row)
+    figures = {
+        "train.tokens_per_second": figure(ours["tokens_per_second"], "tokens/s", floor, ",.0f"),
+        "train.mfu": figure(100 * ours["mfu"], "%", floor, ".0f"),
+        "train.attainable": figure(document["attainable_ratio_to_trainer"], "x", floor),
+    }
+    for key, name in (
+        ("trainer", "HF Trainer, bf16 autocast, eager"),
+        ("fsdp2_compiled", "HF loop, FSDP2, compiled layers"),
+        ("pure_bf16_compiled", "HF loop, pure bf16, compiled"),
+    ):
+        if "tokens_per_second" in rows.get(name, {}):
+            ratio = ours["tokens_per_second"] / rows[name]["tokens_per_second"]
+            figures[f"train.vs_{key}"] = figure(ratio, "x", floor, ".2f")
+    head = ["contender", "tokens/s", "MFU", "x Trainer", "compile + warm-up", "A/A floor"]
+    cells = [
+        [row["name"], row["failure"], "", "", "", ""]
+        if "failure" in row
+        else [
+            row["name"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['mfu']:.0%}",
+            f"{row['ratio_to_trainer']:.2f}",
+            f"{row['start_seconds']:.0f} s",
+            f"{row['aa_floor']:.1%}",
+        ]
+        for row in rows.values()
+    ]
+    limits = document["ceilings"]["gemm_flops_per_second"]
+    figures["train.ceiling_bf16"] = figure(limits["bf16"] / 1e12, "TFLOP/s", None, ".3f")
+    figures["train.ceiling_fp32"] = figure(limits["fp32"] / 1e12, "TFLOP/s", None, ".3f")
+    return figures, {"train": [head, *cells]}
+
+
+def of_serve(document: Document) -> tuple[Figures, dict[str, Rows]]:
+    """Parallel streams against one, through HTTP."""
+    floor = max(document["aa_floor"].values())
+    figures = {
+        "serve.ratio": figure(document["ratio"], "x", floor),
+        "serve.one": figure(document["one_stream_tokens_per_second"], "tokens/s", floor),
+        "serve.parallel": figure(document["parallel_tokens_per_second"], "tokens/s", floor),
+    }
+    head = ["SmolLM2-135M, bf16, HTTP", "tokens/s", "TTFT p50", "between tokens p50", "between tokens p99"]
+    cells = [
+        [
+            name,
+            f"{row['tokens_per_second']:.1f}",
+            *(f"{1e3 * row[key]:.0f} ms" for key in ("ttft_p50", "itl_p50", "itl_p99")),
+        ]
+        for name, row in document["medians"].items()
+    ]
+    return figures, {"serve": [head, *cells]}
+
+
+def of_startup(document: Document) -> tuple[Figures, dict[str, Rows]]:
+    """Seconds until the program answers."""
+    return {
+        f"startup.{name}": figure(row["seconds"], "s", row["aa_floor"], ".2f") for name, row in document.items()
+    }, {}
+
+
+def of_generate(document: Document) -> tuple[Figures, dict[str, Rows]]:
+    """One stream against transformers, and eight streams against one, without HTTP."""
+    raise NotImplementedError
+
+
+Converter = Callable[[Document], tuple[Figures, dict[str, Rows]]]
+INFERENCE = ["src/ridgeline/inference", "src/ridgeline/models", "src/ridgeline/kernels", "src/ridgeline/optimize"]
+BENCHMARKS: dict[str, tuple[Converter, list[str]]] = {
+    "startup": (of_startup, ["src/ridgeline/cli/main.py"]),
+    "train": (of_train, [f"src/ridgeline/{room}" for room in ("train", "parallel", "models", "kernels", "compiler")]),
+    "generate": (of_generate, INFERENCE),
+    "serve": (of_serve, [*INFERENCE, "src/ridgeline/serving"]),
+}
+
+if __name__ == "__main__":
+    raise SystemExit(main())
