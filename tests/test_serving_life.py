@@ -110,14 +110,20 @@ def test_a_step_that_raises_fails_the_requests_and_liveness() -> None:
 
 
 def test_a_step_that_hangs_is_noticed() -> None:
-    with running(FakeEngine(), stall_seconds=0.3, ping_seconds=0.1) as live:
-        stuck = post(live, prompt="HANG", max_tokens=2)
-        assert stuck.status_code == 500 and "a step has run for" in stuck.json()["error"]["message"]
+    with running(FakeEngine(), stall_seconds=0.5, ping_seconds=0.1) as live, ThreadPoolExecutor(1) as pool:
+        stuck = pool.submit(post, live, prompt="HANG", max_tokens=2)
+        wait_for(lambda: live.thread.last_step_age() > 0)
+        behind = post(live, prompt="x", max_tokens=2)  # not even taken by the engine
+        assert behind.status_code == 503 and "a step has run for" in behind.json()["error"]["message"]
+        assert stuck.result().status_code == 500
+        assert "a step has run for" in stuck.result().json()["error"]["message"]
         reply = httpx.get(f"{live.url}/health/live")
         assert reply.status_code == 503 and reply.json()["state"] == "stalled"
+        assert post(live, prompt="late").status_code == 503
         live.engine.release.set()
         wait_for(lambda: live.thread.state == "running")
         assert httpx.get(f"{live.url}/health/live").status_code == 200
+        wait_for(lambda: live.thread.open_sequences == 0)
 
 
 def test_streams_are_kept_alive_while_waiting() -> None:

@@ -193,7 +193,7 @@ class EngineThread:
             while True:
                 arrival = await ticket.next(1.0)
                 if arrival is None:
-                    self.check(ticket)
+                    self.check()
                     continue
                 yield arrival.event
                 if arrival.event.finish_reason is not None:
@@ -201,8 +201,8 @@ class EngineThread:
         finally:
             self.cancel(ticket)
 
-    def check(self, ticket: Ticket) -> None:
-        """Raise when ``ticket`` waits for a step that is overdue."""
+    def check(self) -> None:
+        """Raise `EngineFailed` when a step is overdue: who waits for it should not wait on."""
         if self.state == "stalled":
             raise EngineFailed(str(self.health()["reason"]))
 

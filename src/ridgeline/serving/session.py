@@ -142,7 +142,7 @@ class Session:
         endpoint = self.endpoint
         try:
             self._ticket = endpoint.thread.submit(requests)
-            await self._ticket.accepted
+            await self._taken(self._ticket)
             self._accepted = True
         except QueueFull as error:
             endpoint.metrics.rejections.inc()
@@ -153,6 +153,13 @@ class Session:
             raise ApiError(503, str(error), code="engine_failed") from None
         except ValueError as error:
             raise invalid(str(error), self.call.prompt_field) from None
+
+    async def _taken(self, ticket: Ticket) -> None:
+        """Wait for the engine to take the ticket: until the step in progress ends, and no longer than a step may last."""
+        while not ticket.accepted.done():
+            self.endpoint.thread.check()
+            await asyncio.wait({ticket.accepted}, timeout=self.endpoint.settings.ping_seconds)
+        ticket.accepted.result()
 
     async def arrivals(self) -> AsyncIterator[tuple[Choice, Any] | None]:
         """Token events in order of arrival; None when nothing came for a while (a moment for a keep-alive).
@@ -165,7 +172,7 @@ class Session:
         while open_choices:
             arrival = await self._ticket.next(self.endpoint.settings.ping_seconds)
             if arrival is None:
-                self.endpoint.thread.check(self._ticket)
+                self.endpoint.thread.check()
                 yield None
                 continue
             choice = self.choices[arrival.sequence]
