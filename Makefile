@@ -25,20 +25,20 @@ lint: $(VENV)/.tests-installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m ridgeline.bench.evidence check
+	$(VENV)/bin/python -m ridgeline.bench evidence check
 
 format: $(VENV)/.tests-installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 acceptance: $(VENV)/.tests-installed
-	$(VENV)/bin/python -m ridgeline.bench.acceptance
+	$(VENV)/bin/python -m ridgeline.bench acceptance
 
 bench: $(VENV)/.tests-installed
 	$(VENV)/bin/python benchmarks/all.py
 
 evidence: $(VENV)/.installed
-	$(VENV)/bin/python -m ridgeline.bench.evidence render
+	$(VENV)/bin/python -m ridgeline.bench evidence render
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

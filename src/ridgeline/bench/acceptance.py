@@ -10,7 +10,7 @@
     oracle = "Megatron's formula; torch modules counted"
 
 A row works when its command exits 0 and prints every ``expect``. Usage:
-``python -m ridgeline.bench.acceptance [--count] [FILE]``.
+``python -m ridgeline.bench acceptance [--count] [FILE]``.
 """
 
 from __future__ import annotations
@@ -94,7 +94,3 @@ def main(arguments: Sequence[str]) -> int:
         print(f"row {row.id:>2}  {verdict}  ({time.perf_counter() - started:.1f} s)  {row.title}", flush=True)
     print(f"acceptance: {len(rows) - failed} of {TOTAL} rows work ({len(rows)} claimed)")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

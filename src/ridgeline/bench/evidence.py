@@ -13,7 +13,7 @@ that file. ``check`` fails when a quoted value differs from its entry, when a ke
 or a table holds a measured figure (a number with a unit of speed, time, rate or a ratio) with no key on it;
 evidence older than the code it measured is listed, not failed.
 
-Usage: ``python -m ridgeline.bench.evidence check|render [ROOT]``.
+Usage: ``python -m ridgeline.bench evidence check|render [ROOT]``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/*.md")
 DIARIES = ("docs/log.md", "docs/gpu-results.md")
 
 QUOTE = re.compile(r"([-+]?[\d,]*\.?\d+)[^\d<|]{0,24}<!-- evidence:([\w.]+) -->")
+CODE = re.compile(r"`[^`]*`")  # inline code shows how a thing is written, it quotes nothing
 KEY = re.compile(r"<!-- evidence:([\w.]+) -->")
 TABLE = re.compile(r"(<!-- evidence-table:([\w.]+) -->\n)(.*?)(<!-- /evidence-table -->)", re.DOTALL)
 MEASURED = re.compile(r"\d\s?(?:tokens?/s|tok/s|MB/s|GB/s|[TG]FLOP/s|%|ms\b|times\b|x\b|×)")
@@ -156,6 +157,7 @@ def _check_lines(text: str, entries: Mapping[str, Mapping[str, Any]]) -> Iterato
         tabled = (tabled or "<!-- evidence-table:" in line) and "<!-- /evidence-table" not in line
         if fenced or tabled:
             continue
+        line = CODE.sub("", line)
         for value, key in QUOTE.findall(line):
             if key in entries and value != show(entries[key]):
                 yield number, f"says {value}, evidence '{key}' says {show(entries[key])}: run `make evidence`"
@@ -178,7 +180,7 @@ def _git(folder: Path, *arguments: str) -> str:
 def main(arguments: Sequence[str]) -> int:
     """``check`` or ``render`` the documents below a root; the exit code."""
     if not arguments or arguments[0] not in ("check", "render"):
-        print("usage: python -m ridgeline.bench.evidence check|render [ROOT]", file=sys.stderr)
+        print("usage: python -m ridgeline.bench evidence check|render [ROOT]", file=sys.stderr)
         return 2
     root = Path(arguments[1] if len(arguments) > 1 else ".").resolve()
     if arguments[0] == "render":
@@ -191,7 +193,3 @@ def main(arguments: Sequence[str]) -> int:
         print(f"old evidence: {row}")
     print(f"{len(load_evidence(root)[0])} figures in evidence, {len(problems)} problems")
     return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
