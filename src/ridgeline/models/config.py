@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ridgeline.config import ModelSection
 from ridgeline.errors import UserError, nearest
 from ridgeline.models.rotary import check_scaling
+
+if TYPE_CHECKING:  # a decoder needs no configuration file, and no pydantic
+    from ridgeline.config import ModelSection
 
 Shapes = dict[str, tuple[int, ...]]
 
