@@ -6,6 +6,7 @@ Blocks share their code, so one compiled graph serves all layers: compiling take
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,11 @@ def compile_blocks(decoder: Decoder, **options: Any) -> Decoder:
     for block in decoder.blocks:
         block.forward = torch.compile(block.forward, **options)
     return decoder
+
+
+def compile_function(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """``function`` compiled whole, lazily at its first call: for the loss, which is no block."""
+    return torch.compile(function, **{"fullgraph": True, "dynamic": False, **options})
 
 
 @dataclass

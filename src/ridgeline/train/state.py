@@ -13,23 +13,26 @@ from torch import nn
 
 from ridgeline.config import JobConfig
 from ridgeline.errors import UserError
+from ridgeline.kernels.cross_entropy import linear_cross_entropy
 from ridgeline.models import Decoder, DecoderConfig, config_from_section
 from ridgeline.parallel import rng
 from ridgeline.parallel.fsdp import fill_local, named_parameters, parallelize, sum_gradients
 from ridgeline.parallel.mesh import Layout
 from ridgeline.train.optimizer import build_optimizer, named_moments
 
+Loss = Callable[..., torch.Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
 class TrainState:
     """``step`` counts optimiser steps, skipped ones included: it is the cursor into the sample order. ``applied``
-    counts those that changed the weights."""
+    counts those that changed the weights. ``loss`` is the summed cross-entropy of hidden states, compiled or not."""
 
     decoder: Decoder
     config: DecoderConfig
     optimizer: torch.optim.AdamW
+    loss: Loss = linear_cross_entropy
     step: int = 0
     applied: int = 0
 
@@ -88,7 +91,7 @@ def build_state(job: JobConfig, config: DecoderConfig, layout: Layout) -> TrainS
         draw_parameters(decoder, config, job.train.seed)
     else:
         load_parameters(decoder, job.model.init)
-    return TrainState(decoder, config, build_optimizer(decoder, job.optimizer))
+    return TrainState(decoder, config, build_optimizer(decoder, job.optimizer), _loss(job))
 
 
 def draw_parameters(decoder: nn.Module, config: DecoderConfig, seed: int) -> None:
@@ -123,6 +126,14 @@ def _normal_rows(
 
 def _rows_of(whole: torch.Tensor, first: int, count: int) -> np.ndarray:
     return whole[first : first + count].numpy()
+
+
+def _loss(job: JobConfig) -> Loss:
+    if not job.train.compile:
+        return linear_cross_entropy
+    from ridgeline.compiler.blocks import compile_function
+
+    return compile_function(linear_cross_entropy)
 
 
 def _compiler(job: JobConfig) -> Callable[[Decoder], object] | None:

@@ -38,11 +38,13 @@ def forward_backward(state: TrainState, tokens: torch.Tensor, micro_batch: int, 
     micro-batches and ranks add up to the mean (a mean of means is wrong as soon as parts differ in tokens).
     """
     total = torch.zeros((), dtype=torch.float32, device=tokens.device)
-    parts = torch.split(tokens, micro_batch)
+    decoder, parts = state.decoder, torch.split(tokens, micro_batch)
     for index, part in enumerate(parts):
-        accumulate(state.decoder, last=index == len(parts) - 1)
+        accumulate(decoder, last=index == len(parts) - 1)
         with record_function("ridgeline.forward"):
-            loss = state.decoder.loss(part[:, :-1], part[:, 1:].contiguous(), reduction="sum") / token_count
+            hidden = decoder(part[:, :-1])
+            targets = part[:, 1:].contiguous()
+            loss = state.loss(hidden, decoder.head_weight, targets, decoder.head_bias) / token_count
         with record_function("ridgeline.backward"):
             torch.autograd.backward(loss)
         total += loss.detach()
