@@ -30,6 +30,7 @@ FIGURES = ("tokens_per_second", "ttft_p50", "itl_p50", "itl_p99")
 def main() -> None:
     """Measure and print; ``--out`` keeps the JSON."""
     options = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a benchmark that is cut short stops its server
     server, url = start_server(options)
     try:
         document = compare(url, options)
