@@ -70,7 +70,7 @@ class Run:
             "name": name,
             "status": "running",
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "created": now.isoformat(timespec="seconds"),
+            "created": now.isoformat(timespec="milliseconds"),
             "finished": None,
             "seconds": None,
             "parents": list(parents),
@@ -162,7 +162,7 @@ class Run:
         self.info.update(
             status=status,
             error=error,
-            finished=now.isoformat(timespec="seconds"),
+            finished=now.isoformat(timespec="milliseconds"),
             seconds=round((now - created).total_seconds(), 1),
         )
         self._write_info()
