@@ -123,7 +123,7 @@ def _use_the_models(
     )
     samples = [{"model": "the model just trained", "prompt": prompt, "text": written["text"]}]
     if quick:
-        with _served(line, own, port, ("--max-batch", "4", "--no-compile")) as url:
+        with _served(line, "serve", own, port, ("--max-batch", "4", "--no-compile")) as url:
             transcript = _complete(url, prompt)
             _load(line, url, quick)
         return samples, transcript
@@ -133,16 +133,16 @@ def _use_the_models(
         "generate SmolLM2", "generate", smollm2, question, "--chat", "--temperature", "0", "--max-tokens", "24"
     )
     samples.append({"model": "SmolLM2-135M-Instruct", "prompt": question, "text": answer["text"]})
-    with _served(line, own, port, ("--max-batch", "4", "--no-compile")) as url:
+    with _served(line, "serve", own, port, ("--max-batch", "4", "--no-compile")) as url:
         transcript = _complete(url, prompt)
-    with _served(line, smollm2, port, ("--max-batch", "8")) as url:
+    with _served(line, "serve SmolLM2", smollm2, port, ("--max-batch", "8")) as url:
         transcript += _chat(url)
         _load(line, url, quick)
     return samples, transcript
 
 
 @contextmanager
-def _served(line: Line, model: str, port: int | None, options: Sequence[str]) -> Iterator[str]:
+def _served(line: Line, name: str, model: str, port: int | None, options: Sequence[str]) -> Iterator[str]:
     """``ridgeline serve`` in the background for the length of the block; drained with SIGTERM after it."""
     command = ["serve", model, "--port", str(port or 0), *options]
     line.announce(" ".join(["ridgeline", *command, "&"]))
@@ -152,7 +152,7 @@ def _served(line: Line, model: str, port: int | None, options: Sequence[str]) ->
         process = subprocess.Popen(full, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         ready = _wait_until_ready(process, line.server_log)  # its one line of JSON: url, model, run
-        line.stages.append(Stage("serve", " ".join(["ridgeline", *command]), time.perf_counter() - started, ready))
+        line.stages.append(Stage(name, " ".join(["ridgeline", *command]), time.perf_counter() - started, ready))
         yield ready["url"]
     finally:
         _drain(process)

@@ -79,10 +79,9 @@ def _stage(stage: dict[str, Any], run: Run | None) -> Stage:
     if kind == "profile":
         parts, total = summary.get("parts") or {}, summary.get("step_seconds") or 1.0
         bound = summary.get("bound_by", "unknown")
+        headline = "near the ceiling" if bound == "balanced" else f"bound by {bound}"
         share = parts.get("compute", 0.0) / total
-        return Stage(
-            name, f"bound by {bound}", f"step {seconds(total)} under the profiler", spent, share, "of the step computes"
-        )
+        return Stage(name, headline, f"step {seconds(total)} under the profiler", spent, share, "of the step computes")
     if kind == "generate":
         text = f"{number(summary.get('tokens_per_second'))} tokens/s"
         return Stage(name, text, "one stream, decode", spent, summary.get("mbu"), "MBU")
@@ -90,6 +89,9 @@ def _stage(stage: dict[str, Any], run: Run | None) -> Stage:
         return Stage(
             name, "endpoint ready", str(summary.get("model", "")), spent, None, "OpenAI API, drained on SIGTERM"
         )
+    if kind == "models":
+        text = si(summary.get("parameters"), " parameters")
+        return Stage(name, text, f"{summary.get('family', '')}, {summary.get('dtype', '')}, from GGUF", spent)
     if kind == "load":
         text = f"{number(summary.get('tokens_per_second'))} tokens/s"
         detail = f"TTFT p50 {seconds(summary.get('ttft_p50'))}, {number(summary.get('errors'))} errors"
