@@ -147,7 +147,26 @@ def of_startup(document: Document) -> tuple[Figures, dict[str, Rows]]:
 
 def of_generate(document: Document) -> tuple[Figures, dict[str, Rows]]:
     """One stream against transformers, and eight streams against one, without HTTP."""
-    raise NotImplementedError
+    rows = document["rows"]
+    floor = max(row["aa_floor"] for row in rows.values())
+    keys = {
+        "one_stream_over_transformers": "generate.vs_transformers",
+        "one_stream_over_transformers_compiled": "generate.vs_transformers_compiled",
+        "eight_streams_over_one": "generate.eight_over_one",
+    }
+    figures = {keys[name]: figure(ratio["ratio"], "x", floor, ".2f") for name, ratio in document["ratios"].items()}
+    head = ["SmolLM2-135M, bf16", "tokens/s", "MBU of decode", "A/A floor"]
+    cells = [
+        [
+            name,
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['mbu']:.0%}" if "mbu" in row else "–",
+            f"{row['aa_floor']:.1%}",
+        ]
+        for name, row in rows.items()
+    ]
+    cells += [[name, reason, "", ""] for name, reason in document["failures"].items()]
+    return figures, {"generate": [head, *cells]}
 
 
 Converter = Callable[[Document], tuple[Figures, dict[str, Rows]]]
