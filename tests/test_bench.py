@@ -121,3 +121,4 @@ def test_rows_run_and_say_why_they_fail(tmp_path):
 def test_the_projects_rows_are_well_formed():
     rows = load_rows(ROOT / "acceptance.toml")
     assert rows and all(row.command and row.oracle for row in rows)
+    assert f"{len(rows)} of 55 acceptance rows work" in (ROOT / "README.md").read_text()
