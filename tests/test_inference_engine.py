@@ -214,3 +214,12 @@ def test_compiled_equals_eager_and_nothing_is_compiled_again():
     stats = engine.stats()
     assert stats["compiled"] and stats["compile_seconds"] > 0
     assert stats["recompiles"] == 0
+
+
+@pytest.mark.slow
+def test_the_smallest_compiled_engine_equals_eager():
+    """As many rows as slots, and a context of one granule: the sizes at which a slab is read whole."""
+    asked = prompts(97, (3, 9))
+    eager = generate(tiny(max_batch=2, max_context=64), asked, GREEDY)
+    compiled = generate(tiny(max_batch=2, max_context=64, compile=True), asked, GREEDY)
+    assert [result.tokens for result in compiled] == [result.tokens for result in eager]

@@ -19,7 +19,11 @@ GRANULE = 64  # attention reads the cache in whole granules of tokens
 
 
 class KVCache:
-    """``keys[layer]`` and ``values[layer]`` are ``[slots, kv_heads, capacity, head_dim]``."""
+    """``keys[layer]`` and ``values[layer]`` are ``[slots, kv_heads, capacity, head_dim]`` and a little larger.
+
+    The spare slot and granule are never used: with them no step reads a whole slab, a size at which the compiler would
+    make one more graph.
+    """
 
     def __init__(
         self, config: DecoderConfig, slots: int, context: int, dtype: torch.dtype, device: torch.device
@@ -27,14 +31,14 @@ class KVCache:
         self.slots = slots
         self.context = context  # tokens a sequence may hold
         self.capacity = -(-context // GRANULE) * GRANULE
-        shape = (slots, config.num_kv_heads, self.capacity, config.head_dim)
+        shape = (slots + 1, config.num_kv_heads, self.capacity + GRANULE, config.head_dim)
         self.keys = [lazy_zeros(shape, dtype, device) for _ in range(config.num_layers)]
         self.values = [lazy_zeros(shape, dtype, device) for _ in range(config.num_layers)]
         self.bytes_per_token = token_bytes(config, dtype)
 
     @property
     def bytes(self) -> int:
-        """Address space of all slabs."""
+        """What the sequences of all slots together can come to fill."""
         return self.slots * self.capacity * self.bytes_per_token
 
     def window(self, tokens: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from ridgeline.models.decoder import Block, Decoder
 from ridgeline.optimize.prepack import MIN_ROWS
 
 Rotation = tuple[Tensor, Tensor]
+RowAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+MAX_UNROLLED = 8  # query heads per key head; beyond it the accumulators leave the registers
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, head: Callable[[Tensor], Tensor], cache: KVCache, compile: bool) -> None:
         self.decoder, self.cache, self.compiled = decoder, cache, compile
         self.device = decoder.embed.weight.device
-        self._step = DecodeStep(decoder, head, cache)
+        group = decoder.config.num_heads // decoder.config.num_kv_heads
+        fused = compile and self.device.type == "cpu" and group <= MAX_UNROLLED
+        self._step = DecodeStep(decoder, head, cache, unrolled_attention if fused else grouped_attention)
         if compile:
             self._step.compile_parts()
         self._head = head
@@ -90,23 +95,27 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Run every graph once on an empty cache: one row, and several."""
-        for rows in sorted({1, min(2, self.cache.slots)}):
-            window = torch.arange(self.cache.window(1), device=self.device)
-            where = torch.zeros(2, rows, 1, dtype=torch.int64, device=self.device)
-            self._step(where[0], where[1], window, self.compiled)
+        # The compiler's limit is per function in the process; here it would count the engines made in it.
+        with torch._dynamo.config.patch(recompile_limit=10**6, accumulated_recompile_limit=10**6):
+            for rows in sorted({1, min(2, self.cache.slots)}):
+                window = torch.arange(self.cache.window(1), device=self.device)
+                where = torch.zeros(2, rows, 1, dtype=torch.int64, device=self.device)
+                self._step(where[0], where[1], window, self.compiled)
 
 
 class DecodeStep(nn.Module):
     """One decode step: ``tokens``, ``positions`` ``[rows, 1]``, ``window`` = 0 .. n-1, the cache positions to read."""
 
-    def __init__(self, decoder: Decoder, head: Callable[[Tensor], Tensor], cache: KVCache) -> None:
+    def __init__(
+        self, decoder: Decoder, head: Callable[[Tensor], Tensor], cache: KVCache, attention: RowAttention
+    ) -> None:
         super().__init__()
         config = decoder.config
         blocks: list[Any] = list(decoder.blocks)
         windows = [config.window(layer) or 0 for layer in range(config.num_layers)]
         self.front = Front(decoder, sorted(set(windows)))
         self.kinds = [self.front.windows.index(window) for window in windows]  # which bias each layer takes
-        self.layers = nn.ModuleList(map(DecodeLayer, blocks, cache.keys, cache.values))
+        self.layers = nn.ModuleList(map(DecodeLayer, blocks, cache.keys, cache.values, repeat(attention)))
         self.tail = Tail(decoder, head)
 
     def compile_parts(self) -> None:
@@ -177,9 +186,9 @@ class DecodeLayer(nn.Module):
     values: Tensor
     heads: Tensor
 
-    def __init__(self, block: Block, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, block: Block, keys: Tensor, values: Tensor, attention: RowAttention) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.attention = block, attention
         self.register_buffer("keys", keys, persistent=False)
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("heads", torch.arange(keys.shape[1], device=keys.device)[None], persistent=False)
@@ -193,7 +202,7 @@ class DecodeLayer(nn.Module):
             place = (rows, self.heads, positions[:count])
             keys.index_put_(place, k[:count, 0])
             values.index_put_(place, v[:count, 0])
-            mixed = grouped_attention(q[:count], keys[:count, :, :window], values[:count, :, :window], bias)
+            mixed = self.attention(q[:count], keys[:count, :, :window], values[:count, :, :window], bias)
             return mixed if count > 1 else mixed.expand(q.shape)
 
         out: Tensor = self.block(x, rotation, attend)
@@ -264,6 +273,22 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         folded = folded.expand(rows, kv_heads, 2, dim)
     out = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias.expand(rows, 1, folded.shape[2], k.shape[2]))
     return out[:, :, :group].reshape(rows, 1, heads, dim)
+
+
+def unrolled_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """`grouped_attention` written out for the compiler: one loop over the keys, one over the values.
+
+    Each query head of a group is an expression of its own; the compiler fuses them, so that a key is loaded and
+    widened once for all of them. The GEMMs in the library's kernel are made for more rows than a group has: this takes
+    half its time. Everything in fp32.
+    """
+    rows, _, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    grouped = q.view(rows, kv_heads, heads // kv_heads, dim).unbind(2)
+    scores = [(one[:, :, None].float() * k.float()).sum(-1) * dim**-0.5 + bias[:, 0] for one in grouped]
+    weights = [(one - one.amax(-1, keepdim=True)).exp() for one in scores]
+    out = [(one[..., None] * v.float()).sum(2) / one.sum(-1, keepdim=True) for one in weights]
+    return torch.stack(out, 2).to(q.dtype).reshape(rows, 1, heads, dim)
 
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
