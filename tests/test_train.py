@@ -24,6 +24,7 @@ from ridgeline.train.limits import limits
 from ridgeline.train.optimizer import build_optimizer
 from ridgeline.train.record import drop_after
 from ridgeline.train.schedule import learning_rate
+from ridgeline.train.start import continued_config
 from ridgeline.train.state import draw_parameters
 from train_tools import SEQ, corpus, losses, pretend_ceilings, tiny, weights
 
@@ -278,6 +279,12 @@ def test_resume_refuses_another_job(data: dict[str, Any], trained: Run, tmp_path
         with pytest.raises(UserError, match=f"{name} was .* and is now"):
             train(tiny(data, **change), resume=str(trained.path), runs_root=tmp_path)
     assert weights(trained)
+
+
+def test_resume_names_the_kind_of_a_run_that_is_not_training(tmp_path: Path) -> None:
+    other = Run.create("serve", config={"name": "x"}, root=tmp_path)
+    with pytest.raises(UserError, match="is a run of kind serve, not train"):
+        continued_config(other, [])
 
 
 def test_trains_outside_the_main_thread(data: dict[str, Any], trained: Run, tmp_path: Path) -> None:

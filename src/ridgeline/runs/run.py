@@ -32,7 +32,7 @@ from typing import IO, Any
 
 from ridgeline.errors import UserError, nearest
 
-VERSIONED = ("ridgeline", "torch", "numpy", "tokenizers", "safetensors", "polars", "pyarrow", "transformers", "triton")
+VERSIONED = ("ridgeline", "torch", "numpy", "tokenizers", "safetensors", "pyarrow", "transformers", "triton")
 
 
 def runs_root(root: str | Path | None = None) -> Path:

@@ -73,11 +73,17 @@ def continued_config(run: Run, overrides: list[str]) -> JobConfig:
     """The configuration of a run to resume, with ``overrides``.
 
     Raises:
-        UserError: the run holds no configuration, or an override is not valid.
+        UserError: the run is not a training run or holds no configuration, or an override is not valid.
     """
+    _require_training_run(run)
     if not run.config:
         raise UserError(f"run {run.id} has no configuration: it can not be resumed")
     return parse_config(run.config, overrides, where=f"run {run.id}")
+
+
+def _require_training_run(run: Run) -> None:
+    if run.kind != "train":
+        raise UserError(f"resume {run.id}: is a run of kind {run.kind}, not train")
 
 
 def check_continues(run: Run, job: JobConfig) -> None:
@@ -95,8 +101,7 @@ def _run_for(job: JobConfig, source: Run | None, only_profile: bool, root: str |
         return Run.create("train", job.data.name, config=config, root=root)
     if only_profile:
         return Run.create("profile", source.info["name"], config=config, parents=[source.id], root=root)
-    if source.kind != "train":
-        raise UserError(f"resume {source.id}: is a run of kind {source.kind}, not train")
+    _require_training_run(source)
     source.reopen()
     source.save_json("config.json", config)
     return source
