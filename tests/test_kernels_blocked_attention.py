@@ -82,3 +82,17 @@ def test_it_pays_where_there_are_no_matrix_units(monkeypatch):
     for features, pays in (({"amx_tile": True}, False), ({"amx_tile": False}, True), ({}, True), (None, True)):
         monkeypatch.setattr(room, "cpu_inventory", lambda features=features: {"features": features})
         assert room.blocked_pays.__wrapped__() == pays
+
+
+def test_compiled_it_keeps_no_scores_for_the_backward_pass():
+    seq, kept = 4 * BLOCK_ROWS, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    q, k, v = (torch.randn(2, seq, 2, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        torch.compile(blocked_attention)(q, k, v)
+    # q, k, v, the output (a copy may come of a change of layout) and the fp32 log-sum-exp of every row.
+    assert sum(kept.values()) <= 7 * q.nbytes + 4 * 2 * 2 * seq

@@ -18,8 +18,8 @@ from ridgeline.hardware.inventory import cpu_inventory
 from ridgeline.kernels.blocked_attention import blocked_attention
 
 # Between these lengths the blocked form wins, once compiled, on a CPU without matrix units (AVX512-BF16, 2 cores, 512
-# positions, forward + backward: half the time of the fused kernel; run eagerly it is slower than that). Above them what
-# the compiler keeps of the scores (see `blocked_attention`) would outgrow the rest of the step.
+# positions, forward + backward: half the time of the fused kernel; run eagerly it is slower than that). Above them the
+# lead shrinks to a tenth and compiling the written-out blocks takes a minute and more.
 BLOCKED_SEQ = (256, 1024)
 
 

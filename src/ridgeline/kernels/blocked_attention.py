@@ -4,9 +4,9 @@ The idea: torch's fused CPU kernel reaches its speed through AMX tiles; without 
 vector code, several times below what a bf16 batched GEMM gets. So cut the queries into blocks of 128 rows, give
 each block only the keys it may see (62.5 % of the square at four blocks), and let the GEMM library do the work.
 As in FlashAttention (Dao et al. 2022, arXiv:2205.14135) the forward pass keeps the output and the log-sum-exp of each row,
-and the backward pass makes the probabilities again from them. The compiler may see that both passes make the same scores
-and keep them instead (Inductor does, in fp32): quadratic, which is why the dispatcher stops at a length. Scores pass through the input's precision between the
-two GEMMs, as in the unfused formula; softmax and all sums are in fp32.
+and the backward pass makes the probabilities again from them. It makes them transposed, as keys times queries: a compiler
+that saw the forward's very product would keep those fp32 scores instead (Inductor does), and memory would be quadratic.
+Scores pass through the input's precision between the two GEMMs, as in the unfused formula; softmax and sums are in fp32.
 """
 
 from __future__ import annotations
@@ -60,14 +60,16 @@ class _BlockedAttention(torch.autograd.Function):
         d_k, d_v = torch.zeros_like(keys, dtype=torch.float32), torch.zeros_like(values, dtype=torch.float32)
         for first, last in _blocks(q.shape[1]):
             low = _lowest(first, ctx.window)
-            block, d_block = rows[:, :, first:last], d_rows[:, :, first:last]
-            scores = _scores(block, keys[:, low:last], first, low, ctx.window)
-            weights = (scores - lse[:, :, first:last]).exp()
-            d_weights = _times(d_block, values[:, low:last].transpose(-1, -2)).float()
-            d_scores = (weights * (d_weights - delta[:, :, first:last]) * scale).to(q.dtype)
-            d_v[:, low:last] += _transposed_times(weights.to(v.dtype), d_block)
-            d_k[:, low:last] += _transposed_times(d_scores, block)
-            d_q.append(_times(d_scores, keys[:, low:last]))
+            block, d_block = _flat(rows[:, :, first:last]), _flat(d_rows[:, :, first:last])
+            weights = (
+                _scores_by_key(rows[:, :, first:last], keys[:, low:last], first, low, ctx.window)
+                - _flat(lse[:, :, first:last]).transpose(1, 2)
+            ).exp()
+            d_weights = torch.bmm(values[:, low:last], d_block.transpose(1, 2)).float()
+            d_scores = (weights * (d_weights - _flat(delta[:, :, first:last]).transpose(1, 2)) * scale).to(q.dtype)
+            d_v[:, low:last] += torch.bmm(weights.to(v.dtype), d_block)
+            d_k[:, low:last] += torch.bmm(d_scores, block)
+            d_q.append(torch.bmm(d_scores.transpose(1, 2), keys[:, low:last]).reshape(rows[:, :, first:last].shape))
         return _ungrouped(torch.cat(d_q, 2), q.shape), _from_keys(d_k, k), _from_keys(d_v, v), None
 
 
@@ -103,16 +105,14 @@ def _from_keys(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.dtype).reshape(batch, heads, seq, dim).transpose(1, 2)
 
 
+def _flat(x: Tensor) -> Tensor:
+    """``[n, group, rows, d]`` -> ``[n, group * rows, d]``: the group's rows share one GEMM."""
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3])
+
+
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """``[n, group, rows, x] @ [n, x, y]``: the group's rows share one GEMM."""
-    n, group, rows, _ = a.shape
-    return torch.bmm(a.reshape(n, group * rows, -1), b).reshape(n, group, rows, -1)
-
-
-def _transposed_times(a: Tensor, b: Tensor) -> Tensor:
-    """``sum over group of a.T @ b``: ``[n, group, rows, x]``, ``[n, group, rows, y]`` -> ``[n, x, y]``."""
-    n, group, rows, _ = a.shape
-    return torch.bmm(a.reshape(n, group * rows, -1).transpose(1, 2), b.reshape(n, group * rows, -1))
+    """``[n, group, rows, x] @ [n, x, y]``."""
+    return torch.bmm(_flat(a), b).reshape(*a.shape[:3], b.shape[2])
 
 
 def _scores(block: Tensor, keys: Tensor, first: int, low: int, window: int | None) -> Tensor:
@@ -120,7 +120,18 @@ def _scores(block: Tensor, keys: Tensor, first: int, low: int, window: int | Non
     scores: Tensor = _times(block, keys.transpose(-1, -2)).float() * block.shape[-1] ** -0.5
     row = torch.arange(first, first + block.shape[2], device=keys.device)[:, None]
     column = torch.arange(low, low + keys.shape[1], device=keys.device)[None]
+    return scores.masked_fill(_hidden(row, column, window), float("-inf"))
+
+
+def _scores_by_key(block: Tensor, keys: Tensor, first: int, low: int, window: int | None) -> Tensor:
+    """The transpose, as a product of its own: ``[n, keys, group * rows]``."""
+    group, rows = block.shape[1:3]
+    scores: Tensor = torch.bmm(keys, _flat(block).transpose(1, 2)).float() * block.shape[-1] ** -0.5
+    row = torch.arange(first, first + rows, device=keys.device).repeat(group)[None]
+    column = torch.arange(low, low + keys.shape[1], device=keys.device)[:, None]
+    return scores.masked_fill(_hidden(row, column, window), float("-inf"))
+
+
+def _hidden(row: Tensor, column: Tensor, window: int | None) -> Tensor:
     hidden = column > row
-    if window is not None:
-        hidden = hidden | (row - column >= window)
-    return scores.masked_fill(hidden, float("-inf"))
+    return hidden if window is None else hidden | (row - column >= window)
