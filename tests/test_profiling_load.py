@@ -99,7 +99,7 @@ def test_object_list_gzip_and_whitespace_read_the_same(tmp_path: Path) -> None:
 
 
 def test_what_is_no_timed_event_is_counted_not_lost() -> None:
-    """Flows, instants, metadata and Python stacks are left out and named; stacks come back when asked for."""
+    """Metadata, Python stacks and arrows without an end are left out and named; stacks come back when asked for."""
     events = [
         json.loads(EVENT % (1, 2)),
         {"ph": "s", "cat": "fwdbwd", "id": 2**70, "ts": 1, "pid": 1, "tid": 1, "name": "f"},
@@ -109,7 +109,7 @@ def test_what_is_no_timed_event_is_counted_not_lost() -> None:
     data = json.dumps({"traceEvents": events}).encode()
     table = parse_table(data, "t.json")
     assert len(table) == 1
-    assert table.meta.skipped == {"M:": 1, "X:python_function": 1, "s:fwdbwd": 1}
+    assert table.meta.skipped == {"M:": 1, "X:python_function": 1, "unpaired:fwdbwd": 1}
     assert len(parse_table(data, "t.json", stacks=True)) == 2
 
 

@@ -166,14 +166,14 @@ def launches(table: TraceTable) -> NDArray[np.intp]:
     """For every row the runtime call with the same correlation id, or -1. One call may launch many rows (graphs)."""
     out = np.full(len(table), -1, np.intp)
     device, runtime = np.flatnonzero(table.device_rows), np.flatnonzero(table.is_kind(Kind.RUNTIME))
-    ids = table.correlations(runtime)
+    ids = table.correlation[runtime]
     runtime, ids = runtime[ids >= 0], ids[ids >= 0]
     if not device.size or not runtime.size:
         return out
     order = np.argsort(ids, kind="stable")
-    wanted = table.correlations(device)
+    wanted = table.correlation[device]
     at = np.minimum(np.searchsorted(ids[order], wanted), order.size - 1)
-    found = ids[order][at] == wanted
+    found = (ids[order][at] == wanted) & (wanted >= 0)
     out[device[found]] = runtime[order[at[found]]]
     return out
 

@@ -20,7 +20,17 @@ from numpy.typing import NDArray
 
 from ridgeline.errors import UserError
 from ridgeline.profiling.decimal_time import microseconds_to_ns
-from ridgeline.profiling.table import ANNOTATION_NAMES, Kind, TraceMeta, TraceTable, kind_of
+from ridgeline.profiling.intervals import Times
+from ridgeline.profiling.table import (
+    ANNOTATION_NAMES,
+    DEVICE_KINDS,
+    Kind,
+    Links,
+    Mark,
+    TraceMeta,
+    TraceTable,
+    kind_of,
+)
 
 TRACE_SUFFIXES = (".json", ".json.gz")
 _RANK_IN_NAME = re.compile(r"rank[_-]?(\d+)", re.IGNORECASE)
@@ -35,6 +45,7 @@ class _Event(msgspec.Struct, gc=False):
     ts: msgspec.Raw = msgspec.Raw(b"0")
     dur: msgspec.Raw = msgspec.Raw(b"0")
     args: msgspec.Raw = msgspec.Raw(b"")
+    id: Any = None
 
 
 class _File(msgspec.Struct):
@@ -145,32 +156,114 @@ _NOT_FINITE = re.compile(rb"([:,\[]\s*)[-+]?(?:nan|inf(?:inity)?)\b(?=\s*[,\]}])
 
 
 def _table(source: str, file: _File, repairs: tuple[str, ...], size: int, stacks: bool, bare: bool) -> TraceTable:
-    events, skipped = _timed(file.traceEvents or [], stacks)
+    events, arrows, marks, skipped = _sorted_out(file.traceEvents or [], stacks)
     category, categories = _codes([e.cat for e in events])
     kind = np.array([kind_of(one) for one in categories], np.int8)[category]
     name, names = _sorted_codes([e.name for e in events], str)
     thread, threads = _sorted_codes([(e.pid, e.tid) for e in events], lambda one: (str(one[0]), str(one[1])))
-    start = microseconds_to_ns([e.ts for e in events]) + _integer(file.baseTimeNanoseconds)
+    base = _integer(file.baseTimeNanoseconds)
+    start = microseconds_to_ns([e.ts for e in events]) + base
     end = start + microseconds_to_ns([e.dur for e in events])
     ranges = np.fromiter((bool(ANNOTATION_NAMES.match(one)) for one in names), np.bool_, len(names))
     if len(names):
         kind[(kind == Kind.CPU_OP) & ranges[name]] = Kind.ANNOTATION
     order = np.lexsort((name, thread, -end, start))
+    links = _links(arrows, threads, base)
+    if len(arrows) > 2 * len(links):
+        skipped["unpaired:fwdbwd"] = len(arrows) - 2 * len(links)
     meta = _meta(source, file, skipped, repairs, size, bare)
     args = [events[row].args for row in order.tolist()]
     columns = (kind[order], name[order], thread[order], start[order], end[order])
-    return TraceTable(meta, names, threads, *columns, args)
+    return TraceTable(
+        meta,
+        names,
+        threads,
+        *columns,
+        args,
+        *_launch_columns(columns[0], args),
+        links=links,
+        marks=_marks(marks, base),
+    )
 
 
-def _timed(events: list[_Event], stacks: bool) -> tuple[list[_Event], dict[str, int]]:
-    """The complete events, and how many of every other sort were left out (flows by category, instants, metadata)."""
-    kept = [e for e in events if e.ph == "X" and e.cat != "Trace" and (stacks or e.cat != "python_function")]
-    if len(kept) == len(events):
-        return kept, {}
-    other = Counter(f"{e.ph}:{e.cat or ''}" for e in events if e.ph != "X" or e.cat in ("Trace", "python_function"))
-    if stacks:
-        other.pop("X:python_function", None)
-    return kept, dict(sorted(other.items()))
+def _sorted_out(events: list[_Event], stacks: bool) -> tuple[list[_Event], list[_Event], list[_Event], dict[str, int]]:
+    """(complete events, forward-backward arrows, instants and counters, how many of every other sort were left out)."""
+    kept: list[_Event] = []
+    arrows: list[_Event] = []
+    marks: list[_Event] = []
+    other: Counter[str] = Counter()
+    for event in events:
+        if event.ph == "X" and event.cat != "Trace" and (stacks or event.cat != "python_function"):
+            kept.append(event)
+        elif event.cat == "fwdbwd":
+            arrows.append(event)
+        elif event.ph in ("i", "I", "C"):
+            marks.append(event)
+        else:
+            other[f"{event.ph}:{event.cat or ''}"] += 1
+    return kept, arrows, marks, dict(sorted(other.items()))
+
+
+class _LaunchArguments(msgspec.Struct, gc=False):
+    correlation: Any = None
+    device: Any = None
+    stream: Any = None
+
+
+_LAUNCH_KINDS = (Kind.RUNTIME, *DEVICE_KINDS)
+
+
+def _launch_columns(kind: NDArray[np.int8], args: list[Any]) -> tuple[Times, NDArray[np.int32], Times]:
+    """Correlation, device and stream of the rows that have them, -1 elsewhere. Each ``[rows]``."""
+    correlation, stream = np.full(kind.size, -1, np.int64), np.full(kind.size, -1, np.int64)
+    device = np.full(kind.size, -1, np.int32)
+    read = msgspec.json.Decoder(_LaunchArguments).decode
+    for row in np.flatnonzero(np.isin(kind, _LAUNCH_KINDS)).tolist():
+        if not args[row]:
+            continue
+        found = read(args[row])
+        correlation[row] = _id(found.correlation, 2**63)
+        if kind[row] != Kind.RUNTIME:
+            device[row], stream[row] = _id(found.device, 2**31), _id(found.stream, 2**63)
+    return correlation, device, stream
+
+
+def _id(value: Any, limit: int) -> int:
+    """A non-negative integer below ``limit`` (ids are written as numbers or as text), or -1."""
+    if isinstance(value, str) and value.isdigit():
+        value = int(value)
+    return value if isinstance(value, int) and 0 <= value < limit else -1
+
+
+def _links(arrows: list[_Event], threads: tuple[tuple[str, str], ...], base: int) -> Links:
+    """Pair the two ends of each arrow by id; an end on a thread without any timed event leads nowhere."""
+    codes = {one: at for at, one in enumerate(threads)}
+    moments = (microseconds_to_ns([e.ts for e in arrows]) + base).tolist()
+    begun: dict[Any, tuple[int, int]] = {}
+    pairs: list[tuple[int, int, int, int]] = []
+    for event, moment in sorted(zip(arrows, moments, strict=True), key=lambda pair: pair[0].ph != "s"):
+        end = (codes.get((str(event.pid), str(event.tid)), -1), moment)
+        if event.ph == "s":
+            begun[event.id] = end
+        elif event.id in begun and end[0] >= 0 and begun[event.id][0] >= 0:
+            pairs.append((*begun[event.id], *end))
+    columns = np.array(sorted(pairs, key=lambda one: (one[1], one)), np.int64).reshape(-1, 4)
+    return Links(columns[:, 0].astype(np.int32), columns[:, 1], columns[:, 2].astype(np.int32), columns[:, 3])
+
+
+def _marks(events: list[_Event], base: int) -> tuple[Mark, ...]:
+    moments = (microseconds_to_ns([e.ts for e in events]) + base).tolist()
+    found = [
+        Mark(
+            event.ph.lower() if event.ph == "I" else event.ph,
+            str(event.name),
+            (str(event.pid), str(event.tid)),
+            at,
+            bytes(event.args),
+        )
+        for event, at in zip(events, moments, strict=True)
+    ]
+    return tuple(sorted(found, key=lambda one: (one.time_ns, one.name)))
 
 
 def _codes(values: list[Any]) -> tuple[NDArray[np.intp], list[Any]]:

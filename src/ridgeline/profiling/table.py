@@ -1,16 +1,17 @@
 """The trace as columns: one row per timed event, names and threads as codes, times as exact int64 ns.
 
 Rows are in a canonical order (start, longer first, thread, name), so no result depends on the order of a file.
-Arguments stay raw JSON until someone needs one (:meth:`TraceTable.correlations`).
+Arguments stay raw JSON until someone needs one (:meth:`TraceTable.decode`); what every analysis of an accelerator
+needs (correlation, stream, device) is a column.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from ridgeline.profiling.intervals import Intervals, Times, union
 
 Mask = NDArray[np.bool_]
+_Shape = TypeVar("_Shape", bound=msgspec.Struct)
 
 
 class Kind(IntEnum):
@@ -85,14 +87,47 @@ class TraceMeta:
     raw_bytes: int = 0
 
 
-class _Arguments(msgspec.Struct, gc=False):
-    correlation: Any = None
-    stream: Any = None
+@dataclass(frozen=True)
+class Links:
+    """Arrows from a forward operator to its backward (``fwdbwd`` flow events); arrays are ``[links]``.
+
+    An end is a thread's code and a moment: the operator that starts there, or the innermost one open then.
+    """
+
+    from_thread: NDArray[np.int32]
+    from_time: Times
+    to_thread: NDArray[np.int32]
+    to_time: Times
+
+    def __len__(self) -> int:
+        return int(self.from_time.size)
+
+    @staticmethod
+    def none() -> Links:
+        """No arrow."""
+        codes, times = np.empty(0, np.int32), np.empty(0, np.int64)
+        return Links(codes, times, codes, times)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An event without a duration: an instant (``phase`` ``i``: ``[memory]`` of the profiler) or a counter (``C``)."""
+
+    phase: str
+    name: str
+    thread: tuple[str, str]
+    time_ns: int
+    args: bytes
 
 
 @dataclass(frozen=True)
 class TraceTable:
-    """Columns of one rank's trace; every array is ``[rows]``. ``start`` and ``end`` are ns since the epoch's base."""
+    """Columns of one rank's trace; every array is ``[rows]``. ``start`` and ``end`` are ns since the epoch's base.
+
+    ``thread`` is a code into ``threads``, ``(pid, tid)`` as text; for device rows that pair is the device and stream.
+    ``correlation`` (of device and runtime rows), ``device`` and ``stream`` (of device rows) are -1 where absent.
+    ``args[row]`` is raw JSON, empty where the event has none or a streamed load did not keep it.
+    """
 
     meta: TraceMeta
     names: tuple[str, ...]
@@ -102,7 +137,12 @@ class TraceTable:
     thread: NDArray[np.int32]
     start: Times
     end: Times
-    args: list[Any]
+    args: Sequence[Any]
+    correlation: Times
+    device: NDArray[np.int32]
+    stream: Times
+    links: Links = field(default_factory=Links.none)
+    marks: tuple[Mark, ...] = ()
 
     def __len__(self) -> int:
         return int(self.start.size)
@@ -130,13 +170,18 @@ class TraceTable:
         """Whether the file recorded any accelerator work."""
         return bool(self.device_rows.any())
 
-    def correlations(self, rows: NDArray[np.intp]) -> Times:
-        """The launch correlation id of each row, -1 where it has none. ``[len(rows)]``"""
-        decode = msgspec.json.Decoder(_Arguments).decode
-        out = np.full(rows.size, -1, np.int64)
-        for at, row in enumerate(rows.tolist()):
+    @property
+    def duration(self) -> Times:
+        """``end - start``; negative where the file says so. ``[rows]`` ns"""
+        return self.end - self.start
+
+    def decode(self, rows: NDArray[np.intp], shape: type[_Shape]) -> Iterator[_Shape | None]:
+        """Arguments of these rows as ``shape`` (a msgspec Struct of the fields wanted, all with defaults); None where a
+        row has no arguments or they do not fit."""
+        read = msgspec.json.Decoder(shape).decode
+        for row in rows.tolist():
             raw = self.args[row]
-            value = decode(raw).correlation if raw else None
-            if isinstance(value, int) and 0 <= value < 2**63:
-                out[at] = value
-        return out
+            try:
+                yield read(raw) if raw else None
+            except msgspec.DecodeError:
+                yield None
