@@ -1,18 +1,31 @@
 """What each event is, by the best evidence in the trace, and which evidence that was.
 
-Order of trust: arguments of the event, then what launched it or lies around it, then its name. A device
-activity of a category nobody described stays "unknown"; it is not called compute.
+Order of trust for an event of a device::
+
+    user table   a pattern of the reader's own                          certain
+    category     the writer calls it a copy or a set                    certain
+    arguments    "Collective name" and its companions                   certain
+    launch       the innermost operator around the call that launched   strong
+    name         patterns of libraries; the last resort                 weak
+    none         a kernel without any of these counts as compute        none
+
+*Unknown* is a device row of a category nobody described, and a kernel without evidence on a communication stream: one
+whose every kernel with evidence is a collective while others of the device's streams hold none. It may be a collective
+too. Both count as compute in totals and stand apart as unknown.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ridgeline.errors import UserError, nearest
 from ridgeline.profiling.intervals import Intervals, contains, empty, intersect, merge, subtract
+from ridgeline.profiling.nesting import launching_operator, operators
 from ridgeline.profiling.table import Kind, Mask, TraceTable
 
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -20,10 +33,25 @@ PHASES = ("data", "forward", "backward", "optimizer")
 COLLECTIVE_OP = re.compile(r"(c10d::|_?c10d_functional::|record_param_comms|(gloo|nccl|mpi|ucc|xccl|hccl):)")
 TRANSFER = re.compile(r"(gloo|mpi|ucc):")
 COLLECTIVE_KERNEL = re.compile(
-    r"nccl(Dev)?Kernel|rccl|nccl|oneccl|hccl|cross_device_reduce|multimem_|nvshmem|"
-    r"(one|two)_shot_all_?reduce|all_?reduce_(fusion|kernel)|all_?gather_kernel|reduce_?scatter_kernel|deep_ep",
+    r"nccl|rccl|oneccl|hccl|^hcom_|msccl|cross_device_reduce|multimem_|nvshmem|userbuffers_|quickreduce|"
+    r"(one|two)_?shot_?all_?reduce|all_?reduce_(fusion|kernel|prototype)|all_?gather_(kernel|lamport)|"
+    r"reduce_?scatter_(kernel|cross_device)|deep_ep",
     re.IGNORECASE,
 )
+"""Kernels of communication libraries by name: NCCL and RCCL of any age (``ncclKernel_``, ``ncclDevKernel_``), and the
+custom all-reduces of vLLM, SGLang, aiter and TensorRT-LLM. ``hip*`` is ROCm's prefix for everything, so no evidence."""
+COLLECTIVE_LAUNCHER = re.compile(
+    r"c10d::|_?c10d_functional::|record_param_comms|(nccl|xccl|hccl|rccl|ucc):|_C_custom_ar::|deep_ep::|"
+    r"\w+::\w*(all_?reduce|all_?gather|reduce_?scatter|all_?to_?all)\w*$",
+    re.IGNORECASE,
+)
+"""Operators and ranges whose own kernels communicate (their copies are launched from ``aten::`` operators inside)."""
+COMPUTE_KERNEL = re.compile(
+    r"triton_(poi|red|per|tem|for)_|at::native|at_cuda_detail|at_hip|gemm|cutlass|xmma|Cijk_|flash_|fmha|cudnn|miopen|"
+    r"winograd|convolve|thrust::|cub::|hipcub|rocprim",
+    re.IGNORECASE,
+)
+"""Kernels of compute libraries by name; inductor's carry the names of the operators they fuse, collectives too."""
 COMPILED_CALL = re.compile(r"## Call CompiledFxGraph|CompiledFxGraph")
 COMPILED_REGION = re.compile(r"Torch-Compiled Region|CompiledFunction")
 # Shells around other ops, and interpreter work that has a name: not computation of their own.
@@ -108,6 +136,33 @@ def host_threads(table: TraceTable) -> list[int]:
     return sorted(threads | set(np.unique(table.thread[backward]).tolist()))
 
 
+ROLES = ("compute", "optimizer", "communication", "memory", "unknown")
+EVIDENCE = ("user table", "category", "arguments", "launch", "name", "stream", "none")
+CONFIDENCE = {
+    "user table": "certain",
+    "category": "certain",
+    "arguments": "certain",
+    "launch": "strong",
+    "name": "weak",
+    "stream": "none",
+    "none": "none",
+}
+"""How far each evidence carries. ``stream``: the stream speaks against the default and nothing for anything else."""
+_SAMPLE = 32
+
+
+@dataclass(frozen=True)
+class KernelRoles:
+    """Role and evidence of every row as codes into ``ROLES`` and ``EVIDENCE``, -1 for rows off a device. ``[rows]``"""
+
+    role: NDArray[np.int8]
+    evidence: NDArray[np.int8]
+
+    def has(self, *roles: str) -> Mask:
+        """Rows of these roles. ``[rows]``"""
+        return np.isin(self.role, [ROLES.index(one) for one in roles])
+
+
 @dataclass(frozen=True)
 class DeviceRoles:
     """Masks over the table's rows (all ``[rows]``) of the accelerator's work, and how collectives were recognised."""
@@ -120,46 +175,119 @@ class DeviceRoles:
     evidence: dict[str, int]
 
 
-def device_roles(table: TraceTable, phases: Phases, launched: NDArray[np.intp]) -> DeviceRoles:
-    """Sort device work into roles. ``launched[row]`` is the runtime call that launched a device row, or -1."""
-    kernel = table.is_kind(Kind.KERNEL)
-    by_argument = kernel & _names_with_argument(table, kernel, b'"Collective name"')
-    by_launch = kernel & ~by_argument & _launched_by_collective(table, launched)
-    by_name = kernel & ~by_argument & ~by_launch & table.named(COLLECTIVE_KERNEL.search)
-    collective = by_argument | by_launch | by_name
-    moment = np.where(launched >= 0, table.start[launched], np.iinfo(np.int64).min)
-    optimizer = kernel & ~collective & contains(phases.ranges["optimizer"], moment)
-    how = {"arguments": by_argument, "launch": by_launch, "name": by_name}
+def device_roles(
+    table: TraceTable, phases: Phases, launched: NDArray[np.intp], user_table: Mapping[str, str] | None = None
+) -> DeviceRoles:
+    """Sort device work into roles. ``launched[row]`` is the runtime call that launched a device row, or -1.
+
+    Raises:
+        UserError: a wrong pattern or role in ``user_table``.
+    """
+    found = kernel_roles(table, phases, launched, user_table)
+    collective = found.has("communication")
+    how = {name: int((collective & (found.evidence == code)).sum()) for code, name in enumerate(EVIDENCE)}
     return DeviceRoles(
-        compute=kernel & ~collective & ~optimizer,
-        optimizer=optimizer,
+        compute=found.has("compute"),
+        optimizer=found.has("optimizer"),
         collective=collective,
-        copies=table.is_kind(Kind.MEMCPY, Kind.MEMSET),
-        unknown=table.is_kind(Kind.DEVICE_OTHER),
-        evidence={key: int(mask.sum()) for key, mask in how.items() if mask.any()},
+        copies=found.has("memory"),
+        unknown=found.has("unknown"),
+        evidence={name: count for name, count in how.items() if count},
     )
 
 
+def kernel_roles(
+    table: TraceTable, phases: Phases, launched: NDArray[np.intp], user_table: Mapping[str, str] | None = None
+) -> KernelRoles:
+    """The role of every device row by the first evidence that speaks (the module's table).
+
+    ``user_table`` maps a regular expression, searched in the name, to one of ``ROLES``; its first match wins.
+
+    Raises:
+        UserError: a wrong pattern or role in ``user_table``.
+    """
+    role, evidence = np.full(len(table), -1, np.int8), np.full(len(table), -1, np.int8)
+    kernel = table.is_kind(Kind.KERNEL)
+    by_launch, computed = _launchers(table, launched)
+
+    def settle(rows: Mask, what: str, how: str) -> None:
+        open_rows = rows & (role < 0)
+        role[open_rows], evidence[open_rows] = ROLES.index(what), EVIDENCE.index(how)
+
+    for pattern, what in checked_roles(user_table or {}):
+        settle(table.device_rows & table.named(pattern.search), what, "user table")
+    settle(table.is_kind(Kind.MEMCPY, Kind.MEMSET), "memory", "category")
+    settle(table.is_kind(Kind.DEVICE_OTHER), "unknown", "none")
+    settle(kernel & _names_with_argument(table, kernel, b'"Collective name"'), "communication", "arguments")
+    settle(kernel & by_launch, "communication", "launch")
+    named_compute = table.named(COMPUTE_KERNEL.search)
+    settle(kernel & ~named_compute & table.named(COLLECTIVE_KERNEL.search), "communication", "name")
+    moment = np.where(launched >= 0, table.start[launched], np.iinfo(np.int64).min)
+    settle(kernel & contains(phases.ranges["optimizer"], moment), "optimizer", "launch")
+    settle(kernel & computed, "compute", "launch")
+    settle(kernel & named_compute, "compute", "name")
+    settle(kernel & _beside_collectives(table, kernel, role), "unknown", "stream")
+    settle(kernel, "compute", "none")
+    return KernelRoles(role, evidence)
+
+
+def checked_roles(user_table: Mapping[str, str]) -> list[tuple[re.Pattern[str], str]]:
+    """The reader's patterns, compiled.
+
+    Raises:
+        UserError: a pattern that is no regular expression, or a role that is not one of ``ROLES``.
+    """
+    out = []
+    for pattern, role in user_table.items():
+        if role not in ROLES:
+            raise UserError(f"role table, pattern '{pattern}': no role '{role}'{nearest(str(role), ROLES)}")
+        try:
+            out.append((re.compile(pattern), role))
+        except re.error as error:
+            raise UserError(f"role table, pattern '{pattern}': not a regular expression ({error})") from None
+    return out
+
+
 def _names_with_argument(table: TraceTable, rows: Mask, argument: bytes) -> Mask:
-    """Rows whose name carries ``argument`` at its first appearance (one look per distinct name)."""
+    """Rows whose name carries ``argument`` in at least half of a sample spread over its rows (work carried over from
+    before the capture lost its arguments, so one look at the first would not do)."""
     at = np.flatnonzero(rows)
-    names, first = np.unique(table.name[at], return_index=True)
-    found = [
-        code for code, one in zip(names.tolist(), at[first].tolist(), strict=True) if argument in bytes(table.args[one])
-    ]
+    order = np.argsort(table.name[at], kind="stable")
+    codes, first = np.unique(table.name[at[order]], return_index=True)
+    found = []
+    for code, low, high in zip(codes.tolist(), first.tolist(), [*first.tolist()[1:], at.size], strict=bool(at.size)):
+        sample = at[order[np.unique(np.linspace(low, high - 1, _SAMPLE).astype(np.intp))]].tolist()
+        if 2 * sum(argument in bytes(table.args[one]) for one in sample) >= len(sample):
+            found.append(code)
     return np.isin(table.name, found)
 
 
-def _launched_by_collective(table: TraceTable, launched: NDArray[np.intp]) -> Mask:
-    """Device rows launched from inside a ``nccl:`` range of the launching thread."""
-    out = np.zeros(len(table), np.bool_)
-    ranges = table.is_kind(Kind.ANNOTATION) & table.named(re.compile(r"(nccl|xccl|hccl):").match)
-    rows = np.flatnonzero(launched >= 0)
-    source = launched[rows]
-    for thread in np.unique(table.thread[ranges]).tolist():
-        inside = table.intervals(ranges & (table.thread == thread))
-        out[rows] |= (table.thread[source] == thread) & contains(inside, table.start[source])
-    return out
+def _launchers(table: TraceTable, launched: NDArray[np.intp]) -> tuple[Mask, Mask]:
+    """(rows launched from inside a collective's own operator, rows launched from any other library operator)."""
+    nothing = np.zeros(len(table), np.bool_)
+    if not (launched >= 0).any():
+        return nothing, nothing
+    above = launching_operator(operators(table), launched)
+    known = above >= 0
+    collective, library = table.named(COLLECTIVE_LAUNCHER.match), table.named(LIBRARY_OP.match)
+    by_collective = known & collective[above]
+    operator = known & table.is_kind(Kind.CPU_OP)[above]
+    return by_collective, operator & library[above] & ~by_collective
+
+
+def _beside_collectives(table: TraceTable, kernel: Mask, role: NDArray[np.int8]) -> Mask:
+    """Rows of communication streams: all their kernels with a role by now communicate, others do not. ``[rows]``
+
+    A job that runs everything on one stream has no communication stream."""
+    streams = len(table.threads)
+    communicate = kernel & (role == ROLES.index("communication"))
+    yes = np.bincount(table.thread[communicate], minlength=streams)
+    no = np.bincount(table.thread[kernel & (role >= 0) & ~communicate], minlength=streams)
+    every = np.bincount(table.thread[kernel], minlength=streams)
+    if not ((every > 0) & (yes == 0)).any():
+        return np.zeros(len(table), np.bool_)
+    mine: Mask = ((yes > 0) & (no == 0))[table.thread]
+    return mine
 
 
 def launches(table: TraceTable) -> NDArray[np.intp]:
