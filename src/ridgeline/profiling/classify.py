@@ -252,10 +252,12 @@ def _names_with_argument(table: TraceTable, rows: Mask, argument: bytes) -> Mask
     """Rows whose name carries ``argument`` in at least half of a sample spread over its rows (work carried over from
     before the capture lost its arguments, so one look at the first would not do)."""
     at = np.flatnonzero(rows)
+    if not at.size:
+        return np.zeros(len(table), np.bool_)
     order = np.argsort(table.name[at], kind="stable")
     codes, first = np.unique(table.name[at[order]], return_index=True)
     found = []
-    for code, low, high in zip(codes.tolist(), first.tolist(), [*first.tolist()[1:], at.size], strict=bool(at.size)):
+    for code, low, high in zip(codes.tolist(), first.tolist(), [*first[1:].tolist(), at.size], strict=True):
         sample = at[order[np.unique(np.linspace(low, high - 1, _SAMPLE).astype(np.intp))]].tolist()
         if 2 * sum(argument in bytes(table.args[one]) for one in sample) >= len(sample):
             found.append(code)

@@ -13,13 +13,16 @@ transfer of a collective over the ranks is its cost and the rest of each rank's 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ridgeline.profiling.classify import COLLECTIVE_OP, TRANSFER
 from ridgeline.profiling.intervals import Intervals, Times, merge, union
+from ridgeline.profiling.nesting import nest
 from ridgeline.profiling.table import Kind, TraceTable
 
 IDLE_GAP_NS = 1_000_000
@@ -41,22 +44,84 @@ class Collectives:
         return union(self.arrival, self.end)
 
 
+_OPERATIONS = (
+    ("reducescatter", "reduce_scatter"),
+    ("allreduce", "all_reduce"),
+    ("crossdevicereduce", "all_reduce"),
+    ("quickreduce", "all_reduce"),
+    ("allgather", "all_gather"),
+    ("alltoall", "all_to_all"),
+    ("sendrecv", "send_recv"),
+    ("broadcast", "broadcast"),
+    ("barrier", "barrier"),
+    ("send", "send"),
+    ("recv", "recv"),
+    ("gather", "gather"),
+    ("scatter", "scatter"),
+    ("reduce", "reduce"),
+)
+OPERATIONS = tuple(dict.fromkeys(name for _, name in _OPERATIONS))
+"""The collectives and transfers there are, in the words of torch.distributed."""
+
+
+def operation(name: str) -> str | None:
+    """Which of ``OPERATIONS`` an event's name speaks of: ``c10d::_reduce_scatter_base_``, ``gloo:all_reduce``,
+    ``ncclDevKernel_AllGather_RING_LL(...)``; None when it says none (``ncclDevKernel_Generic``)."""
+    letters = re.sub(r"[^a-z]", "", name.split("(")[0].lower())
+    return next((found for word, found in _OPERATIONS if word in letters), None)
+
+
+@dataclass(frozen=True)
+class HostPairs:
+    """Rows of a CPU backend's collectives: the call and the transfer of each, -1 where the trace lacks one of them.
+
+    Arrays are ``[collectives]``, in order of the transfer, calls without one last.
+    """
+
+    call: NDArray[np.intp]
+    transfer: NDArray[np.intp]
+
+
+def pair_calls(table: TraceTable, threads: list[int]) -> HostPairs:
+    """Give each transfer the earliest call of its operation that no transfer has yet: a backend's queue is served in
+    order. gloo makes a reduce-scatter of an all-reduce, so these two share a queue."""
+    transfers = np.flatnonzero(table.is_kind(Kind.CPU_OP, Kind.ANNOTATION) & table.named(TRANSFER.match))
+    calls = collective_calls(table, threads)
+    queues: dict[str | None, list[int]] = {}
+    for row in calls.tolist():  # collectives are few: a loop reads best
+        queues.setdefault(_queue(table, row), []).append(row)
+    paired = np.full(transfers.size, -1, np.intp)
+    for at, row in enumerate(transfers.tolist()):
+        waiting = queues.get(_queue(table, row))
+        if waiting and table.start[waiting[0]] <= table.start[row]:
+            paired[at] = waiting.pop(0)
+    rest = np.array(sorted(row for queue in queues.values() for row in queue), np.intp)
+    return HostPairs(np.concatenate((paired, rest)), np.concatenate((transfers, np.full(rest.size, -1, np.intp))))
+
+
+def collective_calls(table: TraceTable, threads: list[int]) -> NDArray[np.intp]:
+    """Rows of the ``c10d`` calls of these threads that communicate; of nested ones (a functional collective and what it
+    calls) the innermost."""
+    names = table.named(lambda name: re.match(r"_?c10d(_functional)?::", name) and operation(name))
+    chosen = table.is_kind(Kind.CPU_OP) & np.isin(table.thread, threads) & names
+    parents = nest(table, chosen).parent[chosen]
+    chosen[parents[parents >= 0]] = False
+    return np.flatnonzero(chosen)
+
+
+def _queue(table: TraceTable, row: int) -> str | None:
+    found = operation(table.names[table.name[row]])
+    return "all_reduce" if found == "reduce_scatter" else found
+
+
 def host_collectives(table: TraceTable, threads: list[int]) -> Collectives:
     """The collectives of a CPU backend. A transfer whose call lies before the capture arrives when it starts."""
-    kinds = table.is_kind(Kind.CPU_OP, Kind.ANNOTATION)
-    transfers = np.flatnonzero(kinds & table.named(TRANSFER.match))
-    calls = np.flatnonzero(
-        table.is_kind(Kind.CPU_OP) & np.isin(table.thread, threads) & table.named(lambda n: n.startswith("c10d::"))
-    )
-    arrival = table.start[transfers].copy()
-    waiting = table.start[calls].tolist()
-    at = 0
-    for index, begun in enumerate(table.start[transfers].tolist()):  # collectives are few: a loop reads best
-        if at < len(waiting) and waiting[at] <= begun:
-            arrival[index] = waiting[at]
-            at += 1
-    names = tuple(table.names[code] for code in table.name[transfers].tolist())
-    return Collectives(names, arrival, table.start[transfers], table.end[transfers])
+    pairs = pair_calls(table, threads)
+    moved = pairs.transfer >= 0
+    call, transfer = pairs.call[moved], pairs.transfer[moved]
+    arrival = np.where(call >= 0, table.start[call], table.start[transfer])
+    names = tuple(table.names[code] for code in table.name[transfer].tolist())
+    return Collectives(names, arrival, table.start[transfer], table.end[transfer])
 
 
 def host_communication(table: TraceTable, threads: list[int], collectives: Collectives) -> Intervals:
