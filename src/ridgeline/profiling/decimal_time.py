@@ -1,7 +1,7 @@
 """Decimal microseconds, as text, to exact int64 nanoseconds, a column at a time.
 
 A float64 that holds microseconds since the epoch resolves a quarter of a microsecond, so the text never
-becomes a float: digits are summed by place, and what is unusual (signs, exponents, quotes, more than 18
+becomes a float: digits are summed by place, and what is unusual (signs, exponents, quotes, more than 19
 digits) goes one by one through :class:`decimal.Decimal`.
 """
 
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from ridgeline.profiling.intervals import Times
 
 _SEPARATOR, _POINT, _ZERO = ord(" "), ord("."), ord("0")
-_WIDEST = 19  # 18 digits, which int64 always holds, and a point
+_WIDEST = 20  # 19 digits, which int64 holds up to a first digit of 8, and a point
 _LARGEST = 2**63 - 1
+BELIEVABLE = 2**61
+"""ns; 73 years."""
 
 
 def microseconds_to_ns(texts: Sequence[Any]) -> Times:
@@ -27,19 +29,41 @@ def microseconds_to_ns(texts: Sequence[Any]) -> Times:
     Raises:
         ValueError: a text that is no number.
     """
-    if not texts:
-        return np.empty(0, np.int64)
-    buffer = np.frombuffer(b" ".join(texts) + b" ", np.uint8)
-    stops = np.flatnonzero(buffer == _SEPARATOR)
-    if stops.size != len(texts):
-        return np.fromiter((_slow(bytes(text)) for text in texts), np.int64, len(texts))
-    starts = np.concatenate(([0], stops[:-1] + 1))
-    widths = stops - starts
-    value, decimals, plain = _digits(buffer, starts, widths)
-    out = _scale(value, decimals)
+    out, plain = _fast(texts)
     for at in np.flatnonzero(~plain).tolist():
         out[at] = _slow(bytes(texts[at]))
     return out
+
+
+def readable_ns(texts: Sequence[Any]) -> tuple[Times, NDArray[np.bool_]]:
+    """Like :func:`microseconds_to_ns`, but what is no time is 0 there and False in the mask. Both ``[len(texts)]``.
+
+    Times further than 73 years from zero are not believed either, so that a base, a start and a length always sum
+    within int64.
+    """
+    out, plain = _fast(texts)
+    good = np.ones(out.size, np.bool_)
+    for at in np.flatnonzero(~plain).tolist():
+        try:
+            out[at] = _slow(bytes(texts[at]))
+        except ValueError:
+            good[at] = False
+    good &= (out <= BELIEVABLE) & (out >= -BELIEVABLE)
+    out[~good] = 0
+    return out, good
+
+
+def _fast(texts: Sequence[Any]) -> tuple[Times, NDArray[np.bool_]]:
+    """The ns of the plain texts, and which are plain."""
+    if not texts:
+        return np.empty(0, np.int64), np.empty(0, np.bool_)
+    buffer = np.frombuffer(b" ".join(texts) + b" ", np.uint8)
+    stops = np.flatnonzero(buffer == _SEPARATOR)
+    if stops.size != len(texts):
+        return np.zeros(len(texts), np.int64), np.zeros(len(texts), np.bool_)
+    starts = np.concatenate(([0], stops[:-1] + 1))
+    value, decimals, plain = _digits(buffer, starts, stops - starts)
+    return _scale(value, decimals), plain
 
 
 def _digits(buffer: NDArray[np.uint8], starts: Times, widths: Times) -> tuple[Times, Times, NDArray[np.bool_]]:
@@ -59,7 +83,8 @@ def _digits(buffer: NDArray[np.uint8], starts: Times, widths: Times) -> tuple[Ti
         point = np.where(is_point, column, point)
     decimals = np.where(point >= 0, widths - 1 - point, 0)
     digits = widths - (point >= 0)
-    plain &= (digits > 0) & (digits <= 18) & (value <= _LARGEST // 10 ** np.clip(3 - decimals, 0, 3))
+    fits = (digits < 19) | ((digits == 19) & (buffer[starts] <= ord("8")))
+    plain &= (digits > 0) & fits & (value <= _LARGEST // 10 ** np.clip(3 - decimals, 0, 3))
     return value, decimals, plain
 
 
@@ -71,8 +96,13 @@ def _scale(value: Times, decimals: Times) -> Times:
 
 def _slow(text: bytes) -> int:
     try:
-        value = int((Decimal(text.decode("ascii").strip('" ')) * 1000).to_integral_value(rounding="ROUND_HALF_UP"))
-    except (InvalidOperation, UnicodeDecodeError, OverflowError, ValueError):
+        exact = Decimal(text.decode("ascii").strip('" '))
+        if not exact.is_finite():
+            raise InvalidOperation
+        if exact.adjusted() > 30:  # an exponent without limit would become an integer without limit
+            raise ValueError(f"{text[:40]!r} us is beyond int64 ns")
+        value = int((exact * 1000).to_integral_value(rounding="ROUND_HALF_UP"))
+    except (InvalidOperation, UnicodeDecodeError, OverflowError):
         raise ValueError(f"{text[:40]!r} is not a time") from None
     if abs(value) >= 2**63:
         raise ValueError(f"{text[:40]!r} us is beyond int64 ns")

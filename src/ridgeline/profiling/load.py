@@ -1,317 +1,248 @@
-"""Read a profiler trace: ``.json`` or ``.json.gz``, object or bare list, any schema generation, into a table.
+"""Read profiler traces into tables: any schema generation, any size, one file or many, one rank or several in a file.
 
-msgspec decodes only the fields that every analysis needs and leaves times and arguments as raw text.
+::
+
+    blocks of text -> events, a few megabytes at a time -> columns -> sorted table (-> one table per rank)
+    sources.py        chunks.py                            columns.py  here             ranks.py
+
+Small and large files take the same way. Past :data:`STREAM_BYTES` of text only the arguments of collectives, copies
+and counters are kept.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import zlib
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ridgeline.errors import UserError
-from ridgeline.profiling.decimal_time import microseconds_to_ns
+from ridgeline.profiling.chunks import CHUNK, Chunks, Header, NotATrace, repair
+from ridgeline.profiling.columns import Columns, text_codes
+from ridgeline.profiling.decimal_time import BELIEVABLE
 from ridgeline.profiling.intervals import Times
-from ridgeline.profiling.table import (
-    ANNOTATION_NAMES,
-    DEVICE_KINDS,
-    Kind,
-    Links,
-    Mark,
-    TraceMeta,
-    TraceTable,
-    kind_of,
-)
+from ridgeline.profiling.ranks import name_devices, split_ranks
+from ridgeline.profiling.sources import TRACE_SUFFIXES, Progress, Reader, find_traces
+from ridgeline.profiling.table import Kind, Links, Mask, TraceMeta, TraceTable
 
-TRACE_SUFFIXES = (".json", ".json.gz")
-_RANK_IN_NAME = re.compile(r"rank[_-]?(\d+)", re.IGNORECASE)
+__all__ = [
+    "STREAM_BYTES",
+    "TRACE_SUFFIXES",
+    "Progress",
+    "find_traces",
+    "load_table",
+    "load_tables",
+    "parse_table",
+    "repair",
+]
 
-
-class _Event(msgspec.Struct, gc=False):
-    ph: str = ""
-    name: Any = ""
-    cat: str | None = None
-    pid: Any = None
-    tid: Any = None
-    ts: msgspec.Raw = msgspec.Raw(b"0")
-    dur: msgspec.Raw = msgspec.Raw(b"0")
-    args: msgspec.Raw = msgspec.Raw(b"")
-    id: Any = None
+STREAM_BYTES = 512 << 20
+"""Raw text beyond which a trace is streamed: chosen arguments only, no marks."""
+_RANK_IN_NAME = re.compile(r"rank[_-]?(\d{1,9})", re.IGNORECASE)
 
 
-class _File(msgspec.Struct):
-    traceEvents: list[_Event] | None = None
-    baseTimeNanoseconds: Any = 0
-    distributedInfo: Any = None
-    host_name: Any = None
-    ridgeline: Any = None
-    ridgeline_recorded: Any = None
+def load_tables(
+    where: str | Path | Sequence[str | Path], *, stacks: bool = False, progress: Progress | None = None
+) -> list[TraceTable]:
+    """The tables of a file, a folder of ranks, a glob or a list of these; a file of several ranks gives one each.
 
-
-def find_traces(where: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The trace files of a file, a folder of ranks (not searched below), or a list of files, by name.
+    ``progress(done_bytes, total_bytes)`` is called as the files (as they are on disk) are read.
 
     Raises:
-        UserError: nothing there, or no trace in the folder.
+        UserError: nothing there, unreadable, or not a trace; one line that says which.
     """
-    if isinstance(where, (list, tuple)):
-        return [path for one in where for path in find_traces(one)]
-    path = Path(str(where))
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"trace {path}: no such file or folder")
-    found = sorted(file for file in path.iterdir() if file.name.endswith(TRACE_SUFFIXES) and file.is_file())
-    if not found:
-        raise UserError(f"trace folder {path}: holds no .json or .json.gz file")
-    return found
+    paths = find_traces(where)
+    sizes = [Reader(path).size for path in paths]
+    tables: list[TraceTable] = []
+    for at, path in enumerate(paths):
+        reader = Reader(path, progress, sum(sizes[:at]), sum(sizes))
+        tables += split_ranks(*_read(reader, stacks))
+    return tables
 
 
 def load_table(path: str | Path, stacks: bool = False) -> TraceTable:
-    """One rank's trace as a table. Python-stack events are left out unless ``stacks``.
+    """One file as one table, whatever ranks it holds. Python-stack events are left out unless ``stacks``.
 
     Raises:
-        UserError: unreadable, truncated, or not a trace; one line that says which.
+        UserError: unreadable, or not a trace; one line that says which.
     """
-    return parse_table(_read(Path(path)), str(path), stacks)
+    return _read(Reader(Path(path)), stacks)[0]
 
 
 def parse_table(data: bytes, source: str, stacks: bool = False) -> TraceTable:
     """The table of a trace's (uncompressed) text; ``source`` names it in errors and gives the rank if nothing else does.
 
     Raises:
-        UserError: truncated, or not a trace.
+        UserError: not a trace, or no event of it can be had.
     """
+    blocks = (data[at : at + CHUNK] for at in range(0, len(data), CHUNK))
+    return _gather(blocks, source, stacks, len(data))[0]
+
+
+def _read(reader: Reader, stacks: bool) -> tuple[TraceTable, Columns]:
     try:
-        file, repairs = _decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"trace {source}: not a whole profiler trace ({error}, of {len(data)} bytes)") from None
-    if file.traceEvents is None:
-        raise UserError(f"trace {source}: not a profiler trace (JSON without 'traceEvents')")
+        table, columns = _gather(reader.blocks(), str(reader.path), stacks, reader.raw_size())
+    except UserError as error:
+        raise UserError("; ".join([str(error), *reader.notes])) from None
+    if reader.notes:
+        table = replace(table, meta=replace(table.meta, repairs=(*reader.notes, *table.meta.repairs)))
+    return table, columns
+
+
+def _gather(blocks: Iterable[bytes], source: str, stacks: bool, size: int) -> tuple[TraceTable, Columns]:
+    """The table, and the columns it came from (what they know of threads and processes)."""
+    chunks, columns = Chunks(blocks), Columns(stacks)
+    if size > STREAM_BYTES:
+        columns.stream()
     try:
-        return _table(source, file, repairs, len(data), stacks, bare=_is_list(data))
-    except (ValueError, TypeError) as error:
+        for events in chunks:
+            columns.add(events)
+            if chunks.raw_bytes > STREAM_BYTES:
+                columns.stream()
+    except NotATrace as error:
         raise UserError(f"trace {source}: {error}") from None
+    header = chunks.header()
+    return _table(source, columns, header, chunks), columns
 
 
-def _read(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"trace {path}: the gzip stream is cut off or damaged ({error})") from None
-    except OSError as error:
-        raise UserError(f"trace {path}: cannot be read ({error.strerror or error})") from None
-
-
-def _decode(data: bytes) -> tuple[_File, tuple[str, ...]]:
-    """Decode, and when that fails once more after the known defects of writers are repaired; says which."""
-    try:
-        return _parse(data), ()
-    except (msgspec.DecodeError, UnicodeDecodeError) as first:
-        repaired, repairs = repair(data)
-        if not repairs:
-            raise first
-        return _parse(repaired), repairs
-
-
-def _parse(data: bytes) -> _File:
-    if _is_list(data):
-        return _File(traceEvents=msgspec.json.decode(data, type=list[_Event]))
-    return msgspec.json.decode(data, type=_File)
-
-
-def _is_list(data: bytes) -> bool:
-    return re.match(rb"\s*\[", data) is not None
-
-
-def repair(data: bytes) -> tuple[bytes, tuple[str, ...]]:
-    """Make text of real writers' defects JSON: bytes that are not UTF-8, control characters in strings, NaN and Inf."""
-    steps: dict[str, Callable[[bytes], bytes]] = {
-        "bytes that are not UTF-8 replaced": lambda raw: raw.decode("utf-8", "replace").encode(),
-        "control characters in strings replaced": lambda raw: raw.translate(_CONTROL_TO_SPACE),
-        "NaN and Infinity read as null": lambda raw: _NOT_FINITE.sub(rb"\1null", raw),
-    }
-    done = []
-    for what, step in steps.items():
-        after = step(data)
-        # Line feeds and tabs between tokens are lawful: only a change of length or of other bytes is a repair.
-        if after.split() != data.split() if what.startswith("control") else after != data:
-            done.append(what)
-        data = after
-    return data, tuple(done)
-
-
-_CONTROL_TO_SPACE = bytes(32 if code < 32 else code for code in range(256))
-_NOT_FINITE = re.compile(rb"([:,\[]\s*)[-+]?(?:nan|inf(?:inity)?)\b(?=\s*[,\]}])", re.IGNORECASE)
-
-
-def _table(source: str, file: _File, repairs: tuple[str, ...], size: int, stacks: bool, bare: bool) -> TraceTable:
-    events, arrows, marks, skipped = _sorted_out(file.traceEvents or [], stacks)
-    category, categories = _codes([e.cat for e in events])
-    kind = np.array([kind_of(one) for one in categories], np.int8)[category]
-    name, names = _sorted_codes([e.name for e in events], str)
-    thread, threads = _sorted_codes([(e.pid, e.tid) for e in events], lambda one: (str(one[0]), str(one[1])))
-    base = _integer(file.baseTimeNanoseconds)
-    start = microseconds_to_ns([e.ts for e in events]) + base
-    end = start + microseconds_to_ns([e.dur for e in events])
-    ranges = np.fromiter((bool(ANNOTATION_NAMES.match(one)) for one in names), np.bool_, len(names))
-    if len(names):
-        kind[(kind == Kind.CPU_OP) & ranges[name]] = Kind.ANNOTATION
-    order = np.lexsort((name, thread, -end, start))
-    links = _links(arrows, threads, base)
-    if len(arrows) > 2 * len(links):
-        skipped["unpaired:fwdbwd"] = len(arrows) - 2 * len(links)
-    meta = _meta(source, file, skipped, repairs, size, bare)
-    args = [events[row].args for row in order.tolist()]
-    columns = (kind[order], name[order], thread[order], start[order], end[order])
-    return TraceTable(
-        meta,
-        names,
-        threads,
-        *columns,
-        args,
-        *_launch_columns(columns[0], args),
-        links=links,
-        marks=_marks(marks, base),
+def _table(source: str, columns: Columns, header: Header, chunks: Chunks) -> TraceTable:
+    """Sort the columns, drop duplicates, and say what was done. One column at a time: a large trace fits but once."""
+    notes = list(chunks.repairs)
+    base = _base(header, notes)
+    name_place, names = text_codes(columns.names, str)
+    thread_place, threads = text_codes(columns.threads, lambda one: (str(one[0]), str(one[1])))
+    marks = columns.marks(base)
+    name, thread = name_place[columns.take("name", np.int32)], thread_place[columns.take("thread", np.int32)]
+    start = columns.take("start", np.int64) + base
+    end = start + columns.take("length", np.int64)
+    if columns.unreadable:
+        notes.append(f"{columns.unreadable} events without a readable time left out")
+        if not start.size and not marks:
+            raise UserError(f"trace {source}: not a time in any of its {columns.unreadable} events")
+    order = _order(start, end, thread, name)
+    start, end, name, thread = start[order], end[order], name[order], thread[order]
+    kind = columns.take("kind", np.int8)[order]
+    kind[(kind == Kind.CPU_OP) & _of_names(columns.annotation_names(names), name)] = Kind.ANNOTATION
+    correlation = columns.take("correlation", np.int64)[order]
+    device, stream = columns.take("device", np.int32)[order], columns.take("stream", np.int64)[order]
+    args = columns.take_args(order)
+    skipped = columns.skipped()
+    links = _links(columns.arrows(), thread_place, _with_rows(thread, len(threads)), base, skipped)
+    meta = _meta(source, header, chunks, skipped, columns.streaming)
+    table = TraceTable(
+        meta, names, threads, kind, name, thread, start, end, args, correlation, device, stream, links, marks
     )
+    table, said = name_devices(_without_duplicates(table, notes), columns.labels)
+    return replace(table, meta=replace(meta, repairs=(*notes, *said)))
 
 
-def _sorted_out(events: list[_Event], stacks: bool) -> tuple[list[_Event], list[_Event], list[_Event], dict[str, int]]:
-    """(complete events, forward-backward arrows, instants and counters, how many of every other sort were left out)."""
-    kept: list[_Event] = []
-    arrows: list[_Event] = []
-    marks: list[_Event] = []
-    other: Counter[str] = Counter()
-    for event in events:
-        if event.ph == "X" and event.cat != "Trace" and (stacks or event.cat != "python_function"):
-            kept.append(event)
-        elif event.cat == "fwdbwd":
-            arrows.append(event)
-        elif event.ph in ("i", "I", "C"):
-            marks.append(event)
-        else:
-            other[f"{event.ph}:{event.cat or ''}"] += 1
-    return kept, arrows, marks, dict(sorted(other.items()))
+def _order(start: Times, end: Times, thread: NDArray[np.int32], name: NDArray[np.int32]) -> NDArray[np.intp]:
+    """Rows by (start, longer first, thread, name). Few starts are equal, so only those are compared further."""
+    order = np.argsort(start, kind="stable")
+    ordered = start[order]
+    same = ordered[1:] == ordered[:-1]
+    tied = np.flatnonzero(np.concatenate((same, [False])) | np.concatenate(([False], same))) if start.size else order
+    if tied.size:
+        rows = order[tied]
+        order[tied] = rows[np.lexsort((name[rows], thread[rows], -end[rows], start[rows]))]
+    return order
 
 
-class _LaunchArguments(msgspec.Struct, gc=False):
-    correlation: Any = None
-    device: Any = None
-    stream: Any = None
+def _of_names(test: Mask, name: NDArray[np.int32]) -> Mask:
+    return test[name] if test.size else np.zeros(name.size, np.bool_)
 
 
-_LAUNCH_KINDS = (Kind.RUNTIME, *DEVICE_KINDS)
+def _with_rows(thread: NDArray[np.int32], count: int) -> Mask:
+    """Which threads have a row. ``[threads]``"""
+    return np.bincount(thread, minlength=count).astype(np.bool_)
 
 
-def _launch_columns(kind: NDArray[np.int8], args: list[Any]) -> tuple[Times, NDArray[np.int32], Times]:
-    """Correlation, device and stream of the rows that have them, -1 elsewhere. Each ``[rows]``."""
-    correlation, stream = np.full(kind.size, -1, np.int64), np.full(kind.size, -1, np.int64)
-    device = np.full(kind.size, -1, np.int32)
-    read = msgspec.json.Decoder(_LaunchArguments).decode
-    for row in np.flatnonzero(np.isin(kind, _LAUNCH_KINDS)).tolist():
-        if not args[row]:
-            continue
-        found = read(args[row])
-        correlation[row] = _id(found.correlation, 2**63)
-        if kind[row] != Kind.RUNTIME:
-            device[row], stream[row] = _id(found.device, 2**31), _id(found.stream, 2**63)
-    return correlation, device, stream
+def _without_duplicates(table: TraceTable, notes: list[str]) -> TraceTable:
+    """Leave out rows that say the same as the row before them in everything, arguments included (a file merged with
+    itself). Rows without arguments are never called duplicates: short calls of one name may share a microsecond."""
+    columns = (table.start, table.end, table.thread, table.name, table.correlation)
+    same = np.ones(max(len(table) - 1, 0), np.bool_)
+    for column in columns:
+        same &= column[1:] == column[:-1]
+    args = table.args
+    twice = [row + 1 for row in np.flatnonzero(same).tolist() if args[row] and bytes(args[row]) == bytes(args[row + 1])]
+    if not twice:
+        return table
+    notes.append(f"{len(twice)} duplicated events left out")
+    keep = np.ones(len(table), np.bool_)
+    keep[twice] = False
+    return table.select(np.flatnonzero(keep))
 
 
-def _id(value: Any, limit: int) -> int:
-    """A non-negative integer below ``limit`` (ids are written as numbers or as text), or -1."""
-    if isinstance(value, str) and value.isdigit():
-        value = int(value)
-    return value if isinstance(value, int) and 0 <= value < limit else -1
-
-
-def _links(arrows: list[_Event], threads: tuple[tuple[str, str], ...], base: int) -> Links:
+def _links(
+    arrows: NDArray[np.int64], place: NDArray[np.int32], timed: Mask, base: int, skipped: dict[str, int]
+) -> Links:
     """Pair the two ends of each arrow by id; an end on a thread without any timed event leads nowhere."""
-    codes = {one: at for at, one in enumerate(threads)}
-    moments = (microseconds_to_ns([e.ts for e in arrows]) + base).tolist()
-    begun: dict[Any, tuple[int, int]] = {}
-    pairs: list[tuple[int, int, int, int]] = []
-    for event, moment in sorted(zip(arrows, moments, strict=True), key=lambda pair: pair[0].ph != "s"):
-        end = (codes.get((str(event.pid), str(event.tid)), -1), moment)
-        if event.ph == "s":
-            begun[event.id] = end
-        elif event.id in begun and end[0] >= 0 and begun[event.id][0] >= 0:
-            pairs.append((*begun[event.id], *end))
-    columns = np.array(sorted(pairs, key=lambda one: (one[1], one)), np.int64).reshape(-1, 4)
-    return Links(columns[:, 0].astype(np.int32), columns[:, 1], columns[:, 2].astype(np.int32), columns[:, 3])
+    begins, ids, _, _ = arrows
+    thread = place[arrows[2]] if place.size else arrows[2]
+    usable = timed[thread] if timed.size else np.zeros(thread.size, np.bool_)
+    first = np.full(int(ids.max(initial=-1)) + 1, -1, np.int64)
+    source, target = np.flatnonzero(begins), np.flatnonzero(1 - begins)
+    first[ids[source]] = source
+    origin = first[ids[target]]
+    whole = (origin >= 0) & usable[target] & usable[origin]
+    origin, target = origin[whole], target[whole]
+    moments = arrows[3] + base
+    order = np.lexsort((moments[target], thread[target], thread[origin], moments[origin]))
+    origin, target = origin[order], target[order]
+    if arrows.shape[1] > 2 * target.size:
+        skipped["unpaired:fwdbwd"] = arrows.shape[1] - 2 * int(target.size)
+    codes = thread.astype(np.int32)
+    return Links(codes[origin], moments[origin], codes[target], moments[target])
 
 
-def _marks(events: list[_Event], base: int) -> tuple[Mark, ...]:
-    moments = (microseconds_to_ns([e.ts for e in events]) + base).tolist()
-    found = [
-        Mark(
-            event.ph.lower() if event.ph == "I" else event.ph,
-            str(event.name),
-            (str(event.pid), str(event.tid)),
-            at,
-            bytes(event.args),
-        )
-        for event, at in zip(events, moments, strict=True)
-    ]
-    return tuple(sorted(found, key=lambda one: (one.time_ns, one.name)))
-
-
-def _codes(values: list[Any]) -> tuple[NDArray[np.intp], list[Any]]:
-    """Small integers for hashable values in order of appearance, and the values."""
-    distinct = {value: at for at, value in enumerate(dict.fromkeys(values))}
-    return np.fromiter(map(distinct.__getitem__, values), np.intp, len(values)), list(distinct)
-
-
-def _sorted_codes(values: list[Any], text: Callable[[Any], Any]) -> tuple[NDArray[np.int32], tuple[Any, ...]]:
-    """Codes in the order of the values' text, so that sorting by code does not depend on the file."""
-    codes, distinct = _codes(values)
-    texts = [text(value) for value in distinct]
-    rank = {one: at for at, one in enumerate(sorted(set(texts)))}
-    return np.array([rank[one] for one in texts], np.int32)[codes], tuple(rank)
-
-
-def _meta(
-    source: str, file: _File, skipped: dict[str, int], repairs: tuple[str, ...], size: int, bare: bool
-) -> TraceMeta:
-    info = file.distributedInfo if isinstance(file.distributedInfo, dict) else {}
-    ours = file.ridgeline
-    if isinstance(ours, str):
-        ours = json.loads(ours)
-    ours = dict(ours) if isinstance(ours, dict) else {}
-    if isinstance(file.ridgeline_recorded, int):
-        ours["recorded"] = file.ridgeline_recorded
+def _meta(source: str, header: Header, chunks: Chunks, skipped: dict[str, int], streamed: bool) -> TraceMeta:
+    info = header.distributedInfo if isinstance(header.distributedInfo, dict) else {}
+    ours = _ours(header)
     in_name = _RANK_IN_NAME.search(Path(source).name)
-    rank = _first_int(info.get("rank"), ours.get("rank"), in_name.group(1) if in_name else None)
     return TraceMeta(
         source=source,
-        rank=rank,
+        rank=_first_int(info.get("rank"), ours.get("rank"), in_name.group(1) if in_name else None),
         world=_first_int(info.get("world_size"), ours.get("world")),
-        host=file.host_name if isinstance(file.host_name, str) else None,
-        backend=info.get("backend"),
-        schema="list" if bare else "object",
+        host=header.host_name if isinstance(header.host_name, str) else None,
+        backend=info.get("backend") if isinstance(info.get("backend"), str) else None,
+        schema="list" if chunks.bare else "object",
         ridgeline=ours,
         skipped=skipped,
-        repairs=repairs,
-        raw_bytes=size,
+        raw_bytes=chunks.raw_bytes,
+        streamed=streamed,
     )
+
+
+def _ours(header: Header) -> dict[str, Any]:
+    """The block of our own capture, if the file has one."""
+    block = header.ridgeline
+    try:
+        block = json.loads(block) if isinstance(block, str) else block
+    except (ValueError, RecursionError):
+        block = None
+    ours = dict(block) if isinstance(block, dict) else {}
+    if type(header.ridgeline_recorded) is int:
+        ours["recorded"] = header.ridgeline_recorded
+    return ours
+
+
+def _base(header: Header, notes: list[str]) -> int:
+    """``baseTimeNanoseconds``, which times of torch 2.4 and later are relative to."""
+    base = _first_int(header.baseTimeNanoseconds) or 0
+    if base <= BELIEVABLE:
+        return base
+    notes.append("baseTimeNanoseconds is beyond belief and was read as 0")
+    return 0
 
 
 def _first_int(*candidates: Any) -> int | None:
     for value in candidates:
-        if isinstance(value, (int, str)) and str(value).isdigit():
-            return int(value)
+        if type(value) in (int, str) and (text := str(value)[:40]).isascii() and text.isdigit():
+            return int(text)
     return None
-
-
-def _integer(value: Any) -> int:
-    return int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdigit()) else 0

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -55,8 +55,13 @@ _CATEGORIES = {
     "memset": Kind.MEMSET,
     "gpu_user_annotation": Kind.GPU_ANNOTATION,
     "cuda_sync": Kind.SYNC,
+    "xpu_sync": Kind.SYNC,
     "cuda_profiler_range": Kind.COUNTER_RANGE,
+    # Kineto's own aliases: MTIA's device events are kernels, Gaudi's rows are calls of its host runtime.
+    "mtia_ccp_events": Kind.KERNEL,
+    "hpu_op": Kind.RUNTIME,
 }
+_DEVICE_CATEGORY = ("gpu_", "concurrent_kernel", "mtia_", "collective_comm")
 # Until torch 1.11 user ranges carried the category of operators.
 ANNOTATION_NAMES = re.compile(r"(ProfilerStep|Optimizer\.(step|zero_grad)|enumerate\(DataLoader\))#")
 
@@ -68,12 +73,16 @@ def kind_of(category: str | None) -> Kind:
         return _CATEGORIES[name]
     if name.endswith(("runtime", "driver")):
         return Kind.RUNTIME
-    return Kind.DEVICE_OTHER if name.startswith(("gpu_", "concurrent_kernel")) else Kind.OTHER
+    return Kind.DEVICE_OTHER if name.startswith(_DEVICE_CATEGORY) else Kind.OTHER
 
 
 @dataclass(frozen=True)
 class TraceMeta:
-    """What the file says of itself. ``ridgeline`` is the block that our own capture leaves."""
+    """What the file says of itself. ``ridgeline`` is the block that our own capture leaves.
+
+    ``streamed``: the trace was too large to keep every argument; those of collectives, copies and counters are there,
+    and there are no marks. ``repairs`` says in words what the reader mended, left out, or could not name.
+    """
 
     source: str
     rank: int | None = None
@@ -85,6 +94,7 @@ class TraceMeta:
     skipped: dict[str, int] = field(default_factory=dict)
     repairs: tuple[str, ...] = ()
     raw_bytes: int = 0
+    streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,8 +119,7 @@ class Links:
         return Links(codes, times, codes, times)
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """An event without a duration: an instant (``phase`` ``i``: ``[memory]`` of the profiler) or a counter (``C``)."""
 
     phase: str
@@ -175,6 +184,14 @@ class TraceTable:
         """``end - start``; negative where the file says so. ``[rows]`` ns"""
         return self.end - self.start
 
+    def select(self, rows: NDArray[np.intp]) -> TraceTable:
+        """The table of these rows alone, in this order; names, threads, arrows and marks stay."""
+        args = self.args.take(rows) if hasattr(self.args, "take") else [self.args[row] for row in rows.tolist()]
+        columns = (self.kind, self.name, self.thread, self.start, self.end)
+        kept = (column[rows] for column in columns)
+        launch = (self.correlation[rows], self.device[rows], self.stream[rows])
+        return TraceTable(self.meta, self.names, self.threads, *kept, args, *launch, links=self.links, marks=self.marks)
+
     def decode(self, rows: NDArray[np.intp], shape: type[_Shape]) -> Iterator[_Shape | None]:
         """Arguments of these rows as ``shape`` (a msgspec Struct of the fields wanted, all with defaults); None where a
         row has no arguments or they do not fit."""
@@ -183,5 +200,5 @@ class TraceTable:
             raw = self.args[row]
             try:
                 yield read(raw) if raw else None
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 yield None

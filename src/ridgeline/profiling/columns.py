@@ -1,0 +1,345 @@
+"""Gather decoded events into columns, batch by batch, so that the events themselves can be forgotten at once.
+
+Every value that repeats becomes a code when it is met (categories, names, threads); times become int64 ns; arguments
+stay raw text. Of a large trace only the arguments of collectives, copies and counters are kept (:class:`KeptArgs`):
+a 5 GB trace then fits in a fraction of its size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import Any, overload
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ridgeline.profiling.chunks import Event
+from ridgeline.profiling.classify import COLLECTIVE_OP
+from ridgeline.profiling.decimal_time import readable_ns
+from ridgeline.profiling.intervals import Times
+from ridgeline.profiling.table import ANNOTATION_NAMES, DEVICE_KINDS, Kind, Mark, Mask, kind_of
+
+_ROW, _ARROW, _MARK, _LABEL, _SKIP = range(5)
+_LAUNCH_KINDS = np.isin(np.arange(len(Kind)), (Kind.RUNTIME, *DEVICE_KINDS))
+_KEPT_KINDS = np.isin(np.arange(len(Kind)), (Kind.MEMCPY, Kind.MEMSET, Kind.COUNTER_RANGE, Kind.DEVICE_OTHER))
+_LABELS = ("process_name", "process_labels")
+_NONE = msgspec.Raw(b"null")
+
+
+class Codes(dict[Any, int]):
+    """A number for every distinct value, in order of appearance."""
+
+    def __missing__(self, value: Any) -> int:
+        self[value] = code = len(self)
+        return code
+
+    def of(self, *values: list[Any]) -> NDArray[np.int32]:
+        """The codes of a list's values, or of several lists' tuples; what cannot be hashed counts as its text."""
+        one, count = len(values) == 1, len(values[0])
+        try:  # zip hands out the same tuple again and again: no garbage
+            return np.fromiter(map(self.__getitem__, values[0] if one else zip(*values, strict=True)), np.int32, count)
+        except TypeError:
+            again = values[0] if one else zip(*values, strict=True)
+            return np.fromiter((self[_hashable(value)] for value in again), np.int32, count)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_hashable, value))
+    return str(value) if isinstance(value, (list, dict)) else value
+
+
+def text_codes(codes: Codes, text: Callable[[Any], Any]) -> tuple[NDArray[np.int32], tuple[Any, ...]]:
+    """(for every code the place of its text in sorted order, the sorted texts): independent of the file's order."""
+    texts = [text(value) for value in codes]
+    rank = {one: at for at, one in enumerate(sorted(set(texts)))}
+    return np.fromiter((rank[one] for one in texts), np.int32, len(texts)), tuple(rank)
+
+
+class KeptArgs(Sequence[Any]):
+    """Raw arguments of some rows of a large table, empty for the others."""
+
+    def __init__(self, count: int, rows: NDArray[np.intp], start: Times, end: Times, text: bytes | bytearray) -> None:
+        self._count, self._rows, self._start, self._end, self._text = count, rows, start, end, text
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, row: int) -> bytes: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[bytes]: ...
+    def __getitem__(self, row: int | slice) -> bytes | list[bytes]:
+        if isinstance(row, slice):
+            return [self[one] for one in range(*row.indices(self._count))]
+        row = row + self._count if row < 0 else row
+        if not 0 <= row < self._count:
+            raise IndexError(row)
+        at = int(np.searchsorted(self._rows, row))
+        if at == self._rows.size or self._rows[at] != row:
+            return b""
+        return bytes(self._text[self._start[at] : self._end[at]])
+
+    def take(self, order: NDArray[np.intp]) -> KeptArgs:
+        """The arguments of rows ``order``, in that order."""
+        at = np.searchsorted(self._rows, order)
+        found = np.flatnonzero(self._rows[np.minimum(at, self._rows.size - 1)] == order) if self._rows.size else at[:0]
+        return KeptArgs(order.size, found, self._start[at[found]], self._end[at[found]], self._text)
+
+
+class _Launch(msgspec.Struct, gc=False):
+    correlation: Any = None
+    device: Any = None
+    stream: Any = None
+    collective: Any = msgspec.field(default=None, name="Collective name")
+
+
+_LAUNCH_LIST = msgspec.json.Decoder(list[_Launch | None])
+_LAUNCH_ONE = msgspec.json.Decoder(_Launch | None)
+
+
+class Columns:
+    """The columns of everything added so far, in the file's order."""
+
+    def __init__(self, stacks: bool) -> None:
+        self._stacks = stacks
+        self._sorts, self.names, self.threads, self.ids = Codes(), Codes(), Codes(), Codes()
+        self._roles = np.empty(0, np.int8)
+        self._kinds = np.empty(0, np.int8)
+        self._collective_names = np.empty(0, np.bool_)
+        self._counts = np.empty(0, np.int64)
+        self._parts: dict[str, list[NDArray[Any]]] = {}
+        self._arrows: list[NDArray[np.int64]] = []
+        self._args: list[list[Any]] | None = []
+        self._kept_text = bytearray()
+        self._marks: list[Event] = []
+        self.labels: dict[str, str] = {}
+        self.first_args: dict[int, bytes] = {}
+        self.unreadable = 0
+
+    def add(self, events: list[Event]) -> None:
+        """Sort the events by what they are, and take what each sort needs."""
+        if not events:
+            return
+        sort = self._sorts.of([e.ph for e in events], [e.cat for e in events])
+        self._learn_sorts()
+        role = self._roles[sort]
+        self._counts[: len(self._sorts)] += np.bincount(sort, minlength=len(self._sorts))
+        rows = events
+        if (role != _ROW).any():
+            self._other(events, role)
+            rows = list(compress(events, (role == _ROW).tolist()))
+            sort = sort[role == _ROW]
+        if rows:
+            self._add_rows(rows, self._kinds[sort])
+
+    def _learn_sorts(self) -> None:
+        """The role and kind of every (phase, category) met so far."""
+        if self._roles.size < len(self._sorts):
+            met = list(self._sorts)
+            self._roles = np.array([self._role(*one) for one in met], np.int8)
+            self._kinds = np.array([kind_of(category) for _, category in met], np.int8)
+            self._counts = np.concatenate((self._counts, np.zeros(len(met) - self._counts.size, np.int64)))
+
+    def _role(self, phase: str, category: str | None) -> int:
+        if phase == "X" and category != "Trace" and (self._stacks or category != "python_function"):
+            return _ROW
+        if category == "fwdbwd":
+            return _ARROW
+        if phase in ("i", "I", "C"):
+            return _MARK
+        return _LABEL if phase == "M" else _SKIP
+
+    def _other(self, events: list[Event], role: NDArray[np.int8]) -> None:
+        for event in compress(events, (role == _LABEL).tolist()):
+            if event.name in _LABELS:
+                self._label(event)
+        if (role == _ARROW).any():
+            self._add_arrows(list(compress(events, (role == _ARROW).tolist())))
+        if self._args is not None:
+            self._marks += compress(events, (role == _MARK).tolist())
+
+    def _label(self, event: Event) -> None:
+        try:
+            text = msgspec.json.decode(event.args)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return
+        if isinstance(text, dict):
+            said = str(text.get("name") or text.get("labels") or "")
+            before = self.labels.get(str(event.pid))
+            self.labels[str(event.pid)] = f"{before}\n{said}" if before else said
+
+    def _add_rows(self, events: list[Event], kind: NDArray[np.int8]) -> None:
+        start, good = readable_ns([e.ts for e in events])
+        length, whole = readable_ns([e.dur for e in events])
+        good &= whole
+        if not good.all():
+            self.unreadable += int((~good).sum())
+            events = list(compress(events, good.tolist()))
+            start, length, kind = start[good], length[good], kind[good]
+        args = [e.args for e in events]
+        name = self.names.of([e.name for e in events])
+        thread = self.threads.of([e.pid for e in events], [e.tid for e in events])
+        correlation, device, stream, collective = launch_columns(kind, args)
+        keep = collective | _KEPT_KINDS[kind] | self._is_collective()[name]
+        self._remember_first(thread, args)
+        columns = {"kind": kind, "name": name, "thread": thread, "start": start, "length": length}
+        columns |= {"correlation": _narrow(correlation), "device": device, "stream": _narrow(stream), "keep": keep}
+        if self._args is None:
+            columns["kept_bytes"] = self._keep(args, keep)
+        else:
+            self._args.append(args)
+        for key, column in columns.items():
+            self._parts.setdefault(key, []).append(column)
+
+    def _is_collective(self) -> Mask:
+        """Which names are of collectives on the host. ``[names]``"""
+        known = self._collective_names.size
+        if known < len(self.names):
+            new = [bool(COLLECTIVE_OP.match(str(one))) for one in list(self.names)[known:]]
+            self._collective_names = np.concatenate((self._collective_names, np.array(new, np.bool_)))
+        return self._collective_names
+
+    def _remember_first(self, thread: NDArray[np.int32], args: list[Any]) -> None:
+        """The arguments of every thread's first event: a merged file may name the rank there."""
+        if len(self.first_args) < len(self.threads):
+            codes, at = np.unique(thread, return_index=True)
+            for code, one in zip(codes.tolist(), at.tolist(), strict=True):
+                self.first_args.setdefault(code, bytes(args[one]))
+
+    def _add_arrows(self, events: list[Event]) -> None:
+        time, good = readable_ns([e.ts for e in events])
+        begins = np.array([e.ph == "s" for e in events], np.int64)
+        threads = self.threads.of([e.pid for e in events], [e.tid for e in events])
+        ids = self.ids.of([e.id for e in events])
+        self._arrows.append(np.stack((begins, ids, threads, time))[:, good])
+
+    @property
+    def streaming(self) -> bool:
+        """Whether only chosen arguments are kept."""
+        return self._args is None
+
+    def stream(self) -> None:
+        """From now on keep the arguments of chosen rows only, and no marks; forget what is held beyond that."""
+        if self._args is None:
+            return
+        held, self._args, self._marks = self._args, None, []
+        for at, keep in enumerate(self._parts.get("keep", [])):
+            self._parts.setdefault("kept_bytes", []).append(self._keep(held[at], keep))
+            held[at] = []
+
+    def _keep(self, args: list[Any], keep: Mask) -> Times:
+        """Store the chosen arguments; their lengths."""
+        chosen = [bytes(one) for one in compress(args, keep.tolist())]
+        self._kept_text += b"".join(chosen)
+        return np.fromiter(map(len, chosen), np.int64, len(chosen))
+
+    def take(self, key: str, dtype: Any) -> NDArray[Any]:
+        """The whole column; its parts are given up, so that no more than one column is ever held twice."""
+        parts = self._parts.pop(key, [])
+        return np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype)
+
+    def take_args(self, order: NDArray[np.intp]) -> Sequence[Any]:
+        """The arguments of rows ``order``, in that order."""
+        keep = self.take("keep", np.bool_)
+        if self._args is not None:
+            flat = [one for part in self._args for one in part]
+            self._args = []
+            return list(map(flat.__getitem__, order.tolist()))
+        end = np.cumsum(self.take("kept_bytes", np.int64))
+        start = np.concatenate((np.zeros(1, np.int64), end[:-1])) if end.size else end
+        return KeptArgs(keep.size, np.flatnonzero(keep), start, end, self._kept_text).take(order)
+
+    def arrows(self) -> NDArray[np.int64]:
+        """Flow events as rows (begins, id, thread, ns). ``[4, arrows]``"""
+        return np.concatenate(self._arrows, axis=1) if self._arrows else np.empty((4, 0), np.int64)
+
+    def marks(self, base: int) -> tuple[Mark, ...]:
+        """Instants and counters in time order; none of a large trace."""
+        events = self._marks
+        moments, good = readable_ns([e.ts for e in events])
+        phase = ["i" if e.ph == "I" else e.ph for e in events]
+        where = [(str(e.pid), str(e.tid)) for e in events]
+        columns = (
+            phase,
+            [str(e.name) for e in events],
+            where,
+            (moments + base).tolist(),
+            [bytes(e.args) for e in events],
+        )
+        found = compress(map(Mark._make, zip(*columns, strict=True)), good.tolist())
+        self.unreadable += int((~good).sum())
+        return tuple(sorted(found, key=lambda one: (one.time_ns, one.name)))
+
+    def skipped(self) -> dict[str, int]:
+        """How many events of every other sort were left out, by ``phase:category``."""
+        left = Counter[str]()
+        for (phase, category), role, count in zip(self._sorts, self._roles, self._counts.tolist(), strict=True):
+            if role in (_SKIP, _LABEL) or (role == _MARK and self.streaming):
+                left[f"{phase}:{category or ''}"] += count
+        return dict(sorted(left.items()))
+
+    def annotation_names(self, names: tuple[str, ...]) -> Mask:
+        """Which names are of ranges that old writers called operators. ``[names]``"""
+        return np.fromiter((bool(ANNOTATION_NAMES.match(one)) for one in names), np.bool_, len(names))
+
+
+def launch_columns(kind: NDArray[np.int8], args: list[Any]) -> tuple[Times, NDArray[np.int32], Times, Mask]:
+    """Correlation, device and stream of the rows that have them, -1 elsewhere, and which rows carry the arguments of a
+    collective. Each ``[rows]``."""
+    correlation, stream = np.full(kind.size, -1, np.int64), np.full(kind.size, -1, np.int64)
+    device, collective = np.full(kind.size, -1, np.int32), np.zeros(kind.size, np.bool_)
+    rows = np.flatnonzero(_LAUNCH_KINDS[kind])
+    if not rows.size:
+        return correlation, device, stream, collective
+    found = _decode_launches([args[row] for row in rows.tolist()])
+    correlation[rows] = _ids([one.correlation for one in found], 2**63)
+    on_device = kind[rows] != Kind.RUNTIME
+    there, some = rows[on_device], list(compress(found, on_device.tolist()))
+    device[there] = _ids([one.device for one in some], 2**31)
+    stream[there] = _ids([one.stream for one in some], 2**63)
+    collective[there] = [one.collective is not None for one in some]
+    return correlation, device, stream, collective
+
+
+def _decode_launches(args: list[Any]) -> list[_Launch]:
+    """All of them in one call of the decoder; one by one only if one of them is odd."""
+    nothing = _Launch()
+    try:
+        found = _LAUNCH_LIST.decode(b"[" + b",".join([bytes(one) or b"null" for one in args]) + b"]")
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        found = [_launch(one) for one in args]
+    return [one or nothing for one in found]
+
+
+def _launch(raw: Any) -> _Launch | None:
+    try:
+        return _LAUNCH_ONE.decode(raw) if raw else None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _ids(values: list[Any], limit: int) -> Times:
+    """Non-negative integers below ``limit`` (ids are written as numbers or as text), -1 for anything else."""
+    if set(map(type, values)) <= {int}:
+        try:
+            found = np.array(values, np.int64)
+        except OverflowError:
+            pass
+        else:
+            return np.where((found >= 0) & (found < limit), found, -1)
+    return np.fromiter((_id(value, limit) for value in values), np.int64, len(values))
+
+
+def _id(value: Any, limit: int) -> int:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
+        value = int(value)
+    return value if type(value) is int and 0 <= value < limit else -1
+
+
+def _narrow(column: Times) -> NDArray[Any]:
+    """Half the bytes where the values allow it, while a large trace is gathered."""
+    return column.astype(np.int32) if column.size and int(column.max()) < 2**31 else column
