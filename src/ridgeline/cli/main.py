@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from ridgeline import __version__
@@ -18,6 +19,8 @@ VERBS = {
     "plan": "parameters, FLOPs, memory and time before running",
     "train": "pretrain a model, or continue one",
     "profile": "where a training step's time goes, and what to try",
+    "trace": "any PyTorch trace: what it lacks, where its time went, what to try",
+    "improve": "find what holds a training job back, try the knob, prove the gain",
     "generate": "generate text from a model",
     "serve": "OpenAI-compatible endpoint with continuous batching",
     "load": "load-test an endpoint: TTFT, latency percentiles, throughput",
@@ -27,7 +30,15 @@ VERBS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the ``ridgeline`` program."""
-    args = sys.argv[1:] if arguments is None else arguments
+    try:
+        _main(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone (`| head`): nobody to tell, and nothing more to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _main(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help", "help"):
         print(_help())
     elif args[0] == "--version":

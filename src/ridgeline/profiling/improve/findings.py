@@ -1,0 +1,328 @@
+"""From a baseline to findings: what costs how many seconds of a step, where, which knob, and what it should save.
+
+A rule is a generator over the baseline. Its prediction is an interval of seconds per step derived from what was
+measured; ``how`` says from what. A finding without a knob still names the place and what to edit there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ridgeline.profiling.improve import knobs
+from ridgeline.profiling.improve.evidence import SYNCHRONISING, Baseline
+from ridgeline.profiling.improve.knobs import Knob
+from ridgeline.profiling.results import StepBreakdown
+from ridgeline.profiling.verdict import verdict
+
+WORTH_NAMING = 0.03
+"""A finding of less than this share of the step is left out."""
+MANY_OPERATORS = 100
+SMALL_SECONDS = 50e-6
+"""Operators shorter than this on average cost mostly their own dispatch."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``seconds`` per step stand behind it; ``predicted`` is what the knob (or the edit) saves of them, [low, high]."""
+
+    name: str
+    text: str
+    seconds: float
+    predicted: tuple[float, float]
+    how: str
+    knob: Knob | None
+    advice: str
+    rank: int = 0
+    where: str = ""
+    trace: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "name": self.name,
+            "text": self.text,
+            "seconds_per_step": self.seconds,
+            "predicted_seconds": list(self.predicted),
+            "how": self.how,
+            "knob": self.knob.to_dict() if self.knob else None,
+            "advice": self.advice,
+            "evidence": {"trace": self.trace, "rank": self.rank, "where": self.where},
+        }
+
+
+def of_user_job(base: Baseline) -> list[Finding]:
+    """Findings of a user's job, most seconds saved first."""
+    found = [one for rule in RULES for one in rule(base)]
+    named = {one.where for one in found if one.name != "idle"}
+    return _ranked([one for one in found if one.name != "idle" or one.where not in named], base.step_seconds)
+
+
+def of_own_job(breakdown: StepBreakdown, step_seconds: float, config: Mapping[str, Any], trace: str) -> list[Finding]:
+    """Findings of a configuration of ours: the profile's, whose knobs are overrides."""
+    traced = breakdown.step_seconds
+    scale = min(1.0, step_seconds / traced) if traced else 1.0
+    found = []
+    for one in verdict(breakdown, config=config).findings:
+        knob, gain = knobs.override(one.knob), one.gain_seconds * scale
+        interval = (0.0, gain) if one.at_most else (0.5 * gain, 1.25 * gain)
+        advice = knob.permanent if knob else f"{one.knob} (not tried: it is no knob that leaves the training the same)"
+        name = knob.name if knob else one.part
+        text = f"{one.part}: {one.how}"
+        found.append(Finding(name, text, gain, interval, one.how, knob, advice, trace=trace))
+    return _ranked(found, step_seconds)
+
+
+def _ranked(found: list[Finding], step: float) -> list[Finding]:
+    worth = [one for one in found if one.predicted[1] >= WORTH_NAMING * step]
+    return sorted(worth, key=lambda one: -one.predicted[1])
+
+
+def _loader(base: Baseline) -> Iterator[Finding]:
+    """With W workers a batch takes 1/W of its time, and the rest of the step hides it: max(rest, wait / W)."""
+    wait, cpu = base.data_seconds("wait"), base.data_seconds("cpu")
+    loaders = [one for one in base.facts["loaders"]]
+    if wait < WORTH_NAMING * base.step_seconds or not loaders:
+        return
+    loader = _main_loader(base, loaders)
+    rest, cores = max(base.step_seconds - wait, 0.0), _cores_per_rank(base)
+    busy = cpu > 0.5 * wait
+    kind = "preprocessing each item in Python" if busy else "waiting in the dataset"
+    where = _line_of(base, loader) or loader["item"]
+    text = f"the step waits {wait:.4f} s for its batch: {kind} ({loader['dataset']}, {loader['workers']} workers)"
+    if loader["workers"]:
+        count, high = 2 * loader["workers"], wait / 2
+        how = f"twice the workers halve the {wait:.4f} s at best"
+    else:
+        count = _workers(wait, rest, cores, busy)
+        high = base.step_seconds - max(rest, wait / count)
+        how = f"{count} workers prepare a batch in {wait / count:.4f} s under the other {rest:.4f} s of the step"
+    knob = None if loader["iterable"] else knobs.workers(count, base.facts["cuda"], loader["where"])
+    advice = knob.permanent if knob else _iterable_advice(loader, count)
+    # Workers that compute share the cores with the step itself, so that a machine may allow little of it.
+    low = (0.2 if busy else 0.5) * high
+    yield _finding(base, "loader", text, wait, (low, high), how, knob, advice, where)
+
+
+def _main_loader(base: Baseline, loaders: list[dict[str, Any]]) -> dict[str, Any]:
+    """The loader whose dataset the sampler saw, else the first."""
+    seen = {where.rpartition(":")[0] for where in base.seconds_at(0)}
+    return next((one for one in loaders if one["item"].rpartition(":")[0] in seen), loaders[0])
+
+
+def _line_of(base: Baseline, loader: dict[str, Any]) -> str:
+    """The hottest line at or below the dataset's ``__getitem__``, while it runs in this process."""
+    file, _, first = loader["item"].rpartition(":")
+    if not file or loader["workers"]:
+        return ""
+    calls = set(base.calls(lambda name: name == "backward"))
+    return base.hottest(0, lambda where: where.rpartition(":")[0] == file and where not in calls)
+
+
+def _workers(wait: float, rest: float, cores: int, busy: bool) -> int:
+    """As many as hide the wait under the rest of the step; those that compute need a core each."""
+    wanted = math.ceil(wait / max(rest, wait / 8))
+    return max(2, min(wanted, max(cores, 2) if busy else 8))
+
+
+def _cores_per_rank(base: Baseline) -> int:
+    return max(1, int(base.facts["cores"]) // max(1, int(base.facts["local_world"])))
+
+
+def _iterable_advice(loader: dict[str, Any], count: int) -> str:
+    split = "split the stream by torch.utils.data.get_worker_info() first"
+    return f"{loader['where']}: {split}, then DataLoader(num_workers={count}); not tried: workers would repeat samples"
+
+
+def _small_operators(base: Baseline) -> Iterator[Finding]:
+    """Many short operators cost their dispatch; a compiler fuses them. Matrix products stay what they are."""
+    small = base.leaves
+    modules = base.facts["modules"]
+    if base.facts["compiled"] or small.count < MANY_OPERATORS or small.mean_seconds > SMALL_SECONDS or not modules:
+        return
+    compute, host = (base.phase(part, "forward", "backward") for part in ("compute", "host"))
+    matmul = base.breakdown.matmul_seconds() * base.scale
+    seconds = max(compute + host - matmul, 0.0)
+    calls = base.calls(lambda name: name not in SYNCHRONISING)
+    where = next(iter(calls), "")
+    text = f"{small.count:.0f} operators of {small.mean_seconds * 1e6:.0f} us per step in {', '.join(modules)}"
+    how = f"{seconds:.4f} s of host overhead and of operators that are no matrix products: fusion leaves a part of it"
+    interval = (0.25 * seconds, 0.95 * seconds)
+    knob = knobs.compiled()
+    yield _finding(base, "small operators", text, seconds, interval, how, knob, knob.permanent, where)
+
+
+def _launches(base: Baseline) -> Iterator[Finding]:
+    """A device that waits for launches replays them as one CUDA graph."""
+    if base.breakdown.device != "gpu" or base.facts["compiled"]:
+        return
+    seconds = base.phase("host", "forward", "backward", "other")
+    how = f"{seconds:.4f} s the device waits for the host"
+    knob = knobs.compiled(cuda_graphs=True)
+    yield _finding(base, "launches", how, seconds, (0.2 * seconds, seconds), how, knob, knob.permanent)
+
+
+def _optimizer(base: Baseline) -> Iterator[Finding]:
+    """One fused kernel instead of several operators per tensor."""
+    plain = [one for one in base.facts["optimizers"] if one["fusable"] and not one["fused"]]
+    seconds = base.part("optimizer") + base.phase("host", "optimizer")
+    if not plain or seconds < WORTH_NAMING * base.step_seconds:
+        return
+    one = plain[0]
+    text = f"{one['name']} takes {seconds:.4f} s per step over {one['tensors']} tensors, not fused"
+    how = f"a fused step reads and writes the same {one['bytes'] / 1e6:.1f} MB without an operator per tensor"
+    knob = knobs.fused(one["name"], one["where"])
+    yield _finding(
+        base, "optimizer", text, seconds, (0.2 * seconds, 0.95 * seconds), how, knob, knob.permanent, one["where"]
+    )
+
+
+def _synchronisation(base: Baseline) -> Iterator[Finding]:
+    """``.item()`` and its like: the line's own time is the most that removing it saves."""
+    sites = base.calls(SYNCHRONISING.__contains__)
+    spent = base.seconds_at(0)
+    inside = base.operator_seconds("aten::item", "aten::_local_scalar_dense")
+    for where, count in list(sites.items())[:3]:
+        seconds = max(spent.get(where, 0.0), inside if len(sites) == 1 else 0.0)
+        names = sorted({name for at, name, _ in base.ranks[0]["sites"] if at == where and name in SYNCHRONISING})
+        text = (
+            f"{count} calls of .{'(), .'.join(names)}() per step: each waits for the device and makes a Python number"
+        )
+        advice = f"{where}: keep it a tensor, add up on the device, and read it every N steps"
+        how = f"at most all {seconds:.4f} s of the line, at least the {inside:.4f} s inside aten::item"
+        low = min(inside, seconds) if len(sites) == 1 else 0.0
+        yield _finding(base, "synchronisation", text, seconds, (low, seconds), how, None, advice, where)
+
+
+def _straggler(base: Baseline) -> Iterator[Finding]:
+    """A rank that the others wait for: it waits least itself, and arrives last nearly always."""
+    waits = base.breakdown.waits
+    if len(waits) < 2:
+        return
+    late = min(waits, key=lambda one: one.waiting_seconds)
+    others = [one.waiting_seconds for one in waits if one.rank != late.rank]
+    seconds = (min(others) - late.waiting_seconds) * base.scale
+    if late.last_arrivals < 0.6 * base.breakdown.matched_collectives or seconds < 0.05 * base.step_seconds:
+        return
+    where = _excess(base, late.rank)
+    share = late.last_arrivals / max(base.breakdown.matched_collectives, 1)
+    text = f"rank {late.rank} arrives last at {share:.0%} of the collectives; the others wait {seconds:.4f} s for it"
+    how = f"the {seconds:.4f} s per step that the rank which waits least of the others waits longer"
+    advice = f"{where or f'rank {late.rank}'}: give this rank the work of the others"
+    yield _finding(base, "straggler", text, seconds, (0.5 * seconds, seconds), how, None, advice, where, rank=late.rank)
+
+
+def _excess(base: Baseline, late: int) -> str:
+    """The line on which a rank spends more than the mean of the others, most."""
+    others = [one["rank"] for one in base.ranks if one["rank"] != late]
+    mean: dict[str, float] = {}
+    for rank in others:
+        for where, seconds in base.seconds_at(rank).items():
+            mean[where] = mean.get(where, 0.0) + seconds / len(others)
+    mine = base.seconds_at(late)
+    return max(mine, key=lambda where: mine[where] - mean.get(where, 0.0), default="")
+
+
+def _idle(base: Baseline) -> Iterator[Finding]:
+    """Time in which nothing was recorded, beyond the loader's: Python, or something outside torch."""
+    seconds = base.part("idle") if len(base.ranks) == 1 else 0.0
+    if seconds < 0.1 * base.step_seconds:
+        return
+    known = {loader["item"].rpartition(":")[0] for loader in base.facts["loaders"]}
+    where = base.hottest()
+    if base.data_seconds("wait") > 0.5 * seconds and where.rpartition(":")[0] in known:
+        return
+    text = f"{seconds:.4f} s per step without any recorded event"
+    yield _finding(base, "idle", text, seconds, (0.0, seconds), text, None, f"{where}: look here first", where)
+
+
+def _threads(base: Baseline) -> Iterator[Finding]:
+    """Ranks of a machine should use its cores once: not fewer, not more."""
+    if base.facts["cuda"]:
+        return
+    used, fair = int(base.facts["threads"]), _cores_per_rank(base)
+    compute = base.part("compute") + base.part("optimizer")
+    if used == fair or base.leaves.mean_seconds < SMALL_SECONDS / 2:
+        return
+    share = 1 - used / fair if used < fair else 1 - fair / used
+    text = f"{used} threads per process and {fair} cores for each"
+    how = f"{compute:.4f} s of operators with {fair} threads instead of {used}"
+    knob = knobs.threads(fair)
+    yield _finding(base, "threads", text, compute, (0.0, compute * share), how, knob, knob.permanent)
+
+
+def _precision(base: Baseline) -> Iterator[Finding]:
+    """bf16 matrix products, where the processor or the GPU has them."""
+    plain = all(one["dtypes"] == ["float32"] for one in base.facts["optimizers"])
+    bf16_seen = any("bf16" in name or "bfloat16" in name for name in base.table.names)
+    matmul = base.breakdown.matmul_seconds() * base.scale
+    if not plain or bf16_seen or not (base.facts["cuda"] or _processor_has_bf16()):
+        return
+    knob = knobs.autocast()
+    text = f"{matmul:.4f} s of matrix products in fp32"
+    how = f"half of {text} with bf16 units"
+    interval = (0.2 * matmul if base.facts["cuda"] else 0.0, 0.6 * matmul)
+    yield _finding(base, "precision", text, matmul, interval, how, knob, knob.permanent)
+
+
+def _processor_has_bf16() -> bool:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(errors="replace") if info.is_file() else ""
+    return "amx_bf16" in text or "avx512_bf16" in text
+
+
+def _reduction(base: Baseline) -> Iterator[Finding]:
+    """DDP's all-reduces in fewer and larger buckets, without copies between gradients and buckets."""
+    ddp, seconds = base.facts["ddp"], base.part("communication")
+    late = next(_straggler(base), None)
+    if not ddp or ddp["view"] or late is not None:
+        return
+    knob = knobs.buckets(max(100, 4 * int(ddp["bucket_cap_mb"])), ddp["where"])
+    text = f"{seconds:.4f} s of exposed communication per step in buckets of {ddp['bucket_cap_mb']} MB"
+    how = f"fewer starts and no copies, of {seconds:.4f} s"
+    yield _finding(base, "reduction", text, seconds, (0.0, 0.5 * seconds), how, knob, knob.permanent, ddp["where"])
+
+
+def _copies(base: Baseline) -> Iterator[Finding]:
+    """Copies from pinned memory overlap with compute."""
+    seconds, loaders = base.part("memory_copies"), base.facts["loaders"]
+    if not loaders or any(one["pin_memory"] for one in loaders):
+        return
+    knob = knobs.pin_memory(loaders[0]["where"])
+    how = f"the {seconds:.4f} s of exposed copies"
+    yield _finding(base, "copies", how, seconds, (0.0, seconds), how, knob, knob.permanent, loaders[0]["where"])
+
+
+def _finding(
+    base: Baseline,
+    name: str,
+    text: str,
+    seconds: float,
+    interval: tuple[float, float],
+    how: str,
+    knob: Knob | None,
+    advice: str,
+    where: str = "",
+    rank: int = 0,
+) -> Finding:
+    low, high = (min(max(one, 0.0), base.step_seconds) for one in interval)
+    trace = str(base.traces / f"rank{rank}.json.gz")
+    return Finding(name, text, seconds, (low, high), how, knob, advice, rank, where, trace)
+
+
+RULES: tuple[Callable[[Baseline], Iterator[Finding]], ...] = (
+    _loader,
+    _small_operators,
+    _launches,
+    _optimizer,
+    _synchronisation,
+    _straggler,
+    _idle,
+    _threads,
+    _precision,
+    _reduction,
+    _copies,
+)

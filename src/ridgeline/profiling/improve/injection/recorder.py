@@ -1,0 +1,225 @@
+"""Steps of the job as its optimiser makes them: their time, their losses, and the end after the last one.
+
+::
+
+    step     1 .. warmup | timed ................ | (baseline only) trace 1+3 | call sites | results, SystemExit(0)
+                         ^ clock starts, synced   ^ clock stops, synced
+
+A step ends when the first optimiser that ever stepped has stepped again. Losses are the scalars that ``backward`` is
+called on, kept on their device and read only at the end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import resource
+import threading
+import time
+import zlib
+from typing import Any
+
+import torch
+
+from . import observe
+
+GRACE_SECONDS = 10.0
+"""How long a script may take to end after SystemExit before the process is ended."""
+ORDER_KEPT = 64
+
+
+class Recorder:
+    """One process's record. ``facts`` is what the hooks saw, ``applied`` the knobs that found something to act on."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.spec = spec
+        self.pid = os.getpid()
+        self.steps = 0
+        self.facts: dict[str, Any] = {"loaders": [], "optimizers": [], "ddp": None, "modules": [], "compiled": False}
+        self.applied: set[str] = set()
+        self.at_first_step: list[Any] = []
+        self._marker: Any = None
+        self._seen: set[int] = set()
+        self._losses: list[list[torch.Tensor]] = []
+        self._micro: list[torch.Tensor] = []
+        self._passes: list[int] = []
+        self._passes_now = 0
+        self._stamps: list[float] = []
+        self._data = dict.fromkeys(("wait", "cpu", "start"), 0.0)
+        self._orders: dict[int, list[int]] = {}
+        self._sampler: observe.Sampler | None = None
+        self._capture: observe.Capture | None = None
+        self._sites: observe.CallSites | None = None
+        self._done = False
+        atexit.register(self._at_exit)
+
+    @property
+    def tracing(self) -> bool:
+        """Whether the profiler is on."""
+        return self._capture is not None and self._sites is None
+
+    def loss(self, tensors: Any) -> None:
+        """``backward`` is called on this."""
+        self._passes_now += 1
+        for one in tensors if isinstance(tensors, (tuple, list)) else (tensors,):
+            if isinstance(one, torch.Tensor) and one.numel() == 1:
+                self._micro.append(one.detach().clone())
+
+    def data(self, kind: str, seconds: float) -> None:
+        """Time spent waiting for a loader (``wait``), processor time of it (``cpu``), or starting one (``start``)."""
+        self._data[kind] += seconds
+
+    def order(self, iterator: int, indices: Any) -> None:
+        """A batch's indices, as drawn from the sampler."""
+        kept = self._orders.setdefault(iterator, [])
+        if len(kept) < ORDER_KEPT:
+            kept.append(zlib.crc32(repr(indices).encode()))
+
+    def step(self, optimizer: Any) -> None:
+        """An optimiser has stepped."""
+        if self._marker is None:
+            self._marker = optimizer
+        if id(optimizer) not in self._seen and self.steps == 0:
+            self._seen.add(id(optimizer))
+            self.facts["optimizers"].append(describe(optimizer))
+        if optimizer is not self._marker or os.getpid() != self.pid:
+            return
+        if self._done:
+            self._leave()
+        self.steps += 1
+        self._losses.append(self._micro)
+        self._passes.append(self._passes_now)
+        self._micro, self._passes_now = [], 0
+        if self.steps == 1:
+            for action in self.at_first_step:
+                action(optimizer)
+        self._advance()
+
+    def _advance(self) -> None:
+        warmup, last = self.spec["warmup"], self.spec["warmup"] + self.spec["timed"]
+        if self.steps in (warmup, last):
+            synchronize()
+        if warmup <= self.steps <= last:
+            self._stamps.append(time.perf_counter())
+        if self.steps == warmup:
+            self._data = dict.fromkeys(self._data, 0.0)
+            if self.spec["profile"]:
+                self._sampler = observe.Sampler()
+                self._sampler.start()
+        elif self.steps == last:
+            self._data = dict(self._data)
+            self._measured = dict(self._data)
+            if not self.spec["profile"]:
+                self._finish()
+            self._observe_first()
+        elif self.steps > last:
+            self._observe()
+
+    def _observe_first(self) -> None:
+        assert self._sampler is not None
+        self._sampler.stop()
+        folder = os.path.join(self.spec["folder"], "traces")
+        untraced = [b - a for a, b in zip(self._stamps, self._stamps[1:])]
+        self._capture = observe.Capture(folder, rank(), world(), untraced)
+
+    def _observe(self) -> None:
+        if self._sites is not None:
+            self._sites.__exit__(None, None, None)
+            self._finish()
+        assert self._capture is not None
+        if self._capture.step():
+            # Entering a function mode would make torch.compile's code compile again: a compiled job goes without.
+            if self.facts["compiled"]:
+                self._finish()
+            self._sites = observe.CallSites()
+            self._sites.__enter__()
+
+    def _finish(self) -> None:
+        """Write this rank's results, give the others time to do so, and end the job."""
+        self._done = True
+        self._write(complete=True)
+        observe.wait_for(self.spec["folder"], world(), GRACE_SECONDS)
+        threading.Thread(target=_end_after, args=(GRACE_SECONDS,), daemon=True).start()
+        self._leave()
+
+    def _leave(self) -> None:
+        raise SystemExit(0)
+
+    def _at_exit(self) -> None:
+        if self.steps and not self._done and os.getpid() == self.pid:
+            self._write(complete=False)
+
+    def _write(self, complete: bool) -> None:
+        self.facts |= {
+            "threads": torch.get_num_threads(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "local_world": int(os.environ.get("LOCAL_WORLD_SIZE", world())),
+            "cuda": torch.cuda.is_available(),
+            "torch": torch.__version__,
+        }
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        document = {
+            "rank": rank(),
+            "world": world(),
+            "complete": complete,
+            "steps": self.steps,
+            "stamps": self._stamps,
+            "losses": [[float(one.double()) for one in step] for step in self._losses],
+            "passes": self._passes,
+            "data": getattr(self, "_measured", self._data),
+            "orders": list(self._orders.values()),
+            "samples": self._sampler.table() if self._sampler else [],
+            "sites": self._sites.table() if self._sites else [],
+            "applied": sorted(self.applied),
+            "peak_memory_bytes": peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "facts": self.facts,
+        }
+        target = os.path.join(self.spec["folder"], f"rank{rank()}.json")
+        temporary = f"{target}.{os.getpid()}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(document, file)
+        os.replace(temporary, target)
+
+
+def describe(optimizer: Any) -> dict[str, Any]:
+    """What a finding about an optimiser needs."""
+    group = optimizer.param_groups[0]
+    tensors = [p for one in optimizer.param_groups for p in one["params"]]
+    return {
+        "name": type(optimizer).__name__,
+        "fused": bool(group.get("fused")),
+        "foreach": bool(group.get("foreach")),
+        "fusable": "fused" in group and not optimizer.defaults.get("differentiable", False),
+        "tensors": len(tensors),
+        "bytes": sum(p.numel() * p.element_size() for p in tensors),
+        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in tensors}),
+        "device": tensors[0].device.type if tensors else "cpu",
+        "where": getattr(optimizer, "_ridgeline_where", ""),
+    }
+
+
+def rank() -> int:
+    """This process's rank, of torch.distributed or of the launcher's environment."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return int(torch.distributed.get_rank())
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """How many processes train."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return int(torch.distributed.get_world_size())
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def synchronize() -> None:
+    """Work in flight belongs to the steps that issued it."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _end_after(seconds: float) -> None:
+    """The script swallowed SystemExit, or hangs while it ends."""
+    time.sleep(seconds)
+    os._exit(0)

@@ -1,0 +1,232 @@
+"""``improve``: one baseline with a profile, then each finding's knob proven on top of what was kept before.
+
+::
+
+    baseline + trace -> findings -> knob 1: A B B A -> kept -> knob 2: (A + 1) against (A + 1 + 2) -> ...
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ridgeline.errors import JobError, UserError, nearest
+from ridgeline.profiling.breakdown import analyze
+from ridgeline.profiling.improve import knobs as known
+from ridgeline.profiling.improve.evidence import Baseline
+from ridgeline.profiling.improve.findings import Finding, of_own_job, of_user_job
+from ridgeline.profiling.improve.knobs import Knob
+from ridgeline.profiling.improve.proof import Gain, SameResult, compare_losses, judge, order
+from ridgeline.profiling.improve.trial import Job, OwnJob, Plan, Trial, UserJob, fitting
+from ridgeline.runs import Run
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the answer: a finding, and what became of its knob."""
+
+    finding: Finding
+    tried: bool
+    kept: bool
+    why: str
+    gain: Gain | None = None
+    result: SameResult | None = None
+
+    @property
+    def as_predicted(self) -> bool | None:
+        """Whether the measured gain lies in the predicted interval; None where nothing was measured or predicted."""
+        low, high = self.finding.predicted
+        return low <= self.gain.gain_seconds <= high if self.gain is not None and high > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        measured = {"gain": self.gain.to_dict() if self.gain else None, "as_predicted": self.as_predicted}
+        losses = None
+        if self.result is not None:
+            figures = {"difference": self.result.difference, "allowed": self.result.allowed}
+            finite = {key: value if math.isfinite(value) else None for key, value in figures.items()}
+            losses = {**finite, "why": self.result.why}
+        state = {"tried": self.tried, "kept": self.kept, "why": self.why}
+        return {**self.finding.to_dict(), **measured, "losses": losses, **state}
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """The answer. Seconds are per step; ``after_seconds`` is the last kept trial's, in its own minutes."""
+
+    run: Run
+    before_seconds: float
+    rows: list[Row]
+
+    @property
+    def kept(self) -> list[Row]:
+        """What helped."""
+        return [row for row in self.rows if row.kept]
+
+    @property
+    def speedup(self) -> float:
+        """Product of the kept knobs' ratios, each measured interleaved."""
+        out = 1.0
+        for row in self.kept:
+            assert row.gain is not None
+            out *= row.gain.before_seconds / row.gain.after_seconds
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``improve.json`` and ``--json`` hold."""
+        permanent = [row.finding.knob.permanent for row in self.kept if row.finding.knob]
+        head = {"run": self.run.id, "step_seconds": self.before_seconds, "speedup": self.speedup}
+        return {**head, "findings": [row.to_dict() for row in self.rows], "permanent": permanent}
+
+
+def improve(
+    target: Sequence[str],
+    *,
+    plan: Plan | None = None,
+    rounds: int = 2,
+    top: int = 3,
+    knob: str | None = None,
+    runs_root: str | Path | None = None,
+    say: Say = lambda line: None,
+) -> Improvement:
+    """Profile a job, try the knobs of its largest findings, keep what is proven to help.
+
+    Args:
+        target: ``[CONFIG.toml, section.key=value, ...]``, or a command and its arguments.
+        plan: steps per run and the time limit of one.
+        rounds: times A B B A per knob.
+        top: how many findings with a knob are tried.
+        knob: try this one only, whether a finding asks for it or not.
+        say: told one line before every run.
+
+    Raises:
+        UserError: no such configuration, program or knob.
+        JobError: the unchanged job failed, hung, or has too few steps.
+    """
+    plan, target = plan or Plan(), list(target)
+    if rounds < 1 or plan.timed < 2 or plan.warmup < 1:
+        raise UserError("improve: at least 1 round, 2 steps and 1 warm-up step")
+    own = bool(target) and target[0].endswith(".toml")
+    _check_knob(knob, own)
+    settings = {"target": target, "warmup": plan.warmup, "steps": plan.timed, "rounds": rounds, "knob": knob}
+    with Run.create("improve", _name(target), config=settings, root=runs_root) as run:
+        folder = run.path / "artifacts" / "trials"
+        job: Job = OwnJob(target[0], target[1:], folder, plan) if own else UserJob(target, folder, plan)
+        say(f"baseline of {job.name}, with a profile")
+        base = job.run((), plan, profile=True)
+        findings = own_findings(job, base) if isinstance(job, OwnJob) else of_user_job(Baseline(base))
+        chosen = _chosen(findings, knob, top, own)
+        rows = _try_all(job, findings if knob is None else chosen, chosen, rounds, say)
+        answer = Improvement(run, base.step_seconds, rows)
+        run.save_json("improve.json", answer.to_dict())
+        kept = [row.finding.knob.name for row in answer.kept if row.finding.knob]
+        run.summarize(step_seconds=base.step_seconds, speedup=answer.speedup, kept=kept, findings=len(rows))
+    return answer
+
+
+def own_findings(job: OwnJob, base: Trial) -> list[Finding]:
+    """Of our own configuration: the profile's rules with our overrides as knobs."""
+    assert base.traces is not None
+    config = job.job.model_dump(mode="json")
+    return of_own_job(analyze(base.traces), base.step_seconds, config, str(base.traces))
+
+
+def _name(target: Sequence[str]) -> str:
+    return next(
+        (Path(one).stem for one in target if one.endswith((".py", ".toml"))), Path(target[0]).name if target else ""
+    )
+
+
+def _check_knob(knob: str | None, own: bool) -> None:
+    valid = [name for name, _ in known.OWN.values()] if own else list(known.BY_NAME)
+    if knob is not None and knob not in valid:
+        raise UserError(f"--knob {knob}: no such knob{nearest(knob, valid)}")
+
+
+def _chosen(findings: list[Finding], knob: str | None, top: int, own: bool) -> list[Finding]:
+    """The findings whose knobs are tried: the top ones, or those of the knob that was asked for."""
+    if knob is None:
+        return [one for one in findings if one.knob is not None][:top]
+    asked = [one for one in findings if one.knob is not None and one.knob.name == knob]
+    if asked:
+        return asked
+    if own:
+        raise UserError(f"--knob {knob}: no finding of this job asks for it; set its key in the configuration instead")
+    blind = known.BY_NAME[knob]
+    text = "asked for with --knob; no finding speaks for it"
+    return [Finding(knob, text, 0.0, (0.0, 0.0), "nothing is predicted", blind, blind.permanent)]
+
+
+def _try_all(job: Job, findings: list[Finding], chosen: list[Finding], rounds: int, say: Say) -> list[Row]:
+    rows, kept = [], []  # type: list[Row], list[Knob]
+    for finding in findings:
+        if finding.knob is None:
+            rows.append(Row(finding, tried=False, kept=False, why="no knob from outside: edit the code"))
+        elif finding not in chosen:
+            rows.append(Row(finding, tried=False, kept=False, why="not among the top findings (--top)"))
+        elif any(set(finding.knob.inject) & set(one.inject) == {"compile"} for one in kept):
+            rows.append(Row(finding, tried=False, kept=False, why="the model is compiled by a knob kept before"))
+        else:
+            rows.append(prove(job, finding, kept, rounds, say))
+            if rows[-1].kept:
+                kept.append(finding.knob)
+    return rows
+
+
+def prove(job: Job, finding: Finding, kept: Sequence[Knob], rounds: int, say: Say) -> Row:
+    """Interleaved runs with and without the finding's knob, on top of ``kept``; kept only when faster and the same."""
+    knob = finding.knob
+    assert knob is not None
+    sides: dict[str, list[Trial]] = {"A": [], "B": []}
+    places, plan = order(rounds), fitting(job.plan, [*kept, knob])
+    for at, side in enumerate(places, 1):
+        what = "unchanged" if side == "A" else knob.setting
+        say(f"{knob.name}: run {at} of {len(places)}, {what}")
+        try:
+            sides[side].append(job.run([*kept, knob] if side == "B" else list(kept), plan))
+        except JobError as error:
+            return Row(finding, tried=True, kept=False, why=f"{'' if side == 'B' else 'the unchanged job '}{error}")
+        if sides["A"] and sides["B"]:
+            result = check_result(sides["A"], sides["B"][-1], knob)
+            if not result.same:
+                return Row(finding, True, False, f"changed the result: {result.why}", result=result)
+    gain = judge(*([one.step_seconds for one in sides[side]] for side in "AB"))
+    if not gain.proven:
+        why = f"no gain beyond the noise floor of {gain.floor_seconds:.4f} s"
+        return Row(finding, True, False, why, gain, result)
+    if knob.result == "precision":
+        result = _against_seeds(job, sides, knob, kept, say)
+        if not result.same:
+            return Row(finding, True, False, f"changed the result: {result.why}", gain, result)
+    return Row(finding, True, True, result.why, gain, result)
+
+
+def _against_seeds(job: Job, sides: dict[str, list[Trial]], knob: Knob, kept: Sequence[Knob], say: Say) -> SameResult:
+    say(f"{knob.name}: unchanged under another seed")
+    try:
+        other = job.run(list(kept), fitting(job.plan, [*kept, knob]), seed_offset=1)
+    except JobError as error:
+        return SameResult(False, 0.0, 0.0, f"the run under another seed {error}")
+    return compare_losses([one.losses for one in sides["A"]], sides["B"][0].losses, knob, other.losses)
+
+
+def check_result(a: Sequence[Trial], b: Trial, knob: Knob) -> SameResult:
+    """The same batches in the same order, as many backward passes, the same losses."""
+    first = a[0]
+    if first.passes[: len(b.passes)] != b.passes[: len(first.passes)]:
+        return SameResult(False, 0.0, 0.0, "another number of backward passes per step")
+    if not same_order(first.orders, b.orders):
+        return SameResult(False, 0.0, 0.0, "the samples came in another order")
+    return compare_losses([one.losses for one in a], b.losses, knob)
+
+
+def same_order(a: list[list[list[int]]], b: list[list[list[int]]]) -> bool:
+    """Whether every loader of every rank drew the same batches, as far as both drew (workers draw ahead)."""
+    return all(
+        x[: len(y)] == y[: len(x)] for mine, other in zip(a, b, strict=False) for x, y in zip(mine, other, strict=False)
+    )
