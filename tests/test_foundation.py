@@ -201,6 +201,16 @@ def test_help_is_fast_and_imports_no_room():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("False\n")
 
 
+def test_a_reader_that_has_gone_is_no_traceback():
+    """``ridgeline --help | true``"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen([sys.executable, "-m", "ridgeline", "--help"], stdout=writer, stderr=subprocess.PIPE) as child:
+        os.close(writer)
+        _, errors = child.communicate(timeout=30)
+    assert (child.returncode, errors) == (1, b"")
+
+
 def test_import_is_fast():
     code = "import time; t = time.perf_counter(); import ridgeline; print(time.perf_counter() - t)"
     best = min(
