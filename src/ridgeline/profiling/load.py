@@ -3,7 +3,7 @@
 ::
 
     blocks of text -> events, a few megabytes at a time -> columns -> sorted table (-> one table per rank)
-    sources.py        chunks.py                            columns.py  here             ranks.py
+    sources.py        chunks.py                            gather.py   here             ranks.py
 
 Small and large files take the same way. Past :data:`STREAM_BYTES` of text only the arguments of collectives, copies
 and counters are kept.
@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 from ridgeline.errors import UserError
 from ridgeline.profiling.chunks import CHUNK, Chunks, Header, NotATrace, repair
-from ridgeline.profiling.columns import Columns, text_codes
 from ridgeline.profiling.decimal_time import BELIEVABLE
+from ridgeline.profiling.gather import Columns, text_codes
 from ridgeline.profiling.intervals import Times
 from ridgeline.profiling.ranks import name_devices, split_ranks
 from ridgeline.profiling.sources import TRACE_SUFFIXES, Progress, Reader, find_traces
-from ridgeline.profiling.table import Kind, Links, Mask, TraceMeta, TraceTable
+from ridgeline.profiling.table import Kind, Links, Mask, TraceMeta, TraceTable, look_up
 
 __all__ = [
     "STREAM_BYTES",
@@ -117,17 +117,21 @@ def _table(source: str, columns: Columns, header: Header, chunks: Chunks) -> Tra
     name_place, names = text_codes(columns.names, str)
     thread_place, threads = text_codes(columns.threads, lambda one: (str(one[0]), str(one[1])))
     marks = columns.marks(base)
-    name, thread = name_place[columns.take("name", np.int32)], thread_place[columns.take("thread", np.int32)]
-    start = columns.take("start", np.int64) + base
-    end = start + columns.take("length", np.int64)
+    name = look_up(name_place, columns.take("name", np.int32))
+    thread = look_up(thread_place, columns.take("thread", np.int32))
+    start = columns.take("start", np.int64)
+    start += base
+    end = columns.take("length", np.int64)
+    end += start
     if columns.unreadable:
         notes.append(f"{columns.unreadable} events without a readable time left out")
         if not start.size and not marks:
             raise UserError(f"trace {source}: not a time in any of its {columns.unreadable} events")
     order = _order(start, end, thread, name)
-    start, end, name, thread = start[order], end[order], name[order], thread[order]
+    start, end = start[order], end[order]
+    name, thread = name[order], thread[order]
     kind = columns.take("kind", np.int8)[order]
-    kind[(kind == Kind.CPU_OP) & _of_names(columns.annotation_names(names), name)] = Kind.ANNOTATION
+    kind[(kind == Kind.CPU_OP) & look_up(columns.annotation_names(names), name)] = Kind.ANNOTATION
     correlation = columns.take("correlation", np.int64)[order]
     device, stream = columns.take("device", np.int32)[order], columns.take("stream", np.int64)[order]
     args = columns.take_args(order)
@@ -151,10 +155,6 @@ def _order(start: Times, end: Times, thread: NDArray[np.int32], name: NDArray[np
         rows = order[tied]
         order[tied] = rows[np.lexsort((name[rows], thread[rows], -end[rows], start[rows]))]
     return order
-
-
-def _of_names(test: Mask, name: NDArray[np.int32]) -> Mask:
-    return test[name] if test.size else np.zeros(name.size, np.bool_)
 
 
 def _with_rows(thread: NDArray[np.int32], count: int) -> Mask:

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ridgeline.profiling.columns import Columns
+from ridgeline.profiling.gather import Columns
 from ridgeline.profiling.table import DEVICE_KINDS, Kind, TraceTable
 
 _RANK = re.compile(r"\brank[\s_:#-]*(\d{1,7})\b", re.IGNORECASE)

@@ -129,6 +129,14 @@ class Mark(NamedTuple):
     args: bytes
 
 
+def look_up(values: NDArray[Any], codes: NDArray[np.int32]) -> NDArray[Any]:
+    """``values[codes]``, in blocks: indexing with narrow codes at once would first make wide ones. ``[codes]``"""
+    out = np.empty(codes.size, values.dtype)
+    for at in range(0, codes.size, 1 << 18):
+        out[at : at + (1 << 18)] = values[codes[at : at + (1 << 18)]]
+    return out
+
+
 @dataclass(frozen=True)
 class TraceTable:
     """Columns of one rank's trace; every array is ``[rows]``. ``start`` and ``end`` are ns since the epoch's base.
@@ -158,12 +166,15 @@ class TraceTable:
 
     def is_kind(self, *kinds: Kind) -> Mask:
         """Rows of these kinds. ``[rows]``"""
-        return np.isin(self.kind, kinds)
+        out = np.zeros(len(self), np.bool_)
+        for kind in kinds:  # np.isin would need many times the memory
+            out |= self.kind == kind
+        return out
 
     def named(self, test: Callable[[str], Any]) -> Mask:
         """Rows whose name passes ``test``, which is called once per distinct name. ``[rows]``"""
         verdicts = np.fromiter((bool(test(name)) for name in self.names), np.bool_, len(self.names))
-        return verdicts[self.name] if len(self.names) else np.zeros(len(self), np.bool_)
+        return look_up(verdicts, self.name)
 
     def intervals(self, rows: Mask | NDArray[np.intp]) -> Intervals:
         """The union of these rows' spans."""

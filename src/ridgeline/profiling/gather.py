@@ -20,13 +20,26 @@ from ridgeline.profiling.chunks import Event
 from ridgeline.profiling.classify import COLLECTIVE_OP
 from ridgeline.profiling.decimal_time import readable_ns
 from ridgeline.profiling.intervals import Times
+from ridgeline.profiling.store import Store
 from ridgeline.profiling.table import ANNOTATION_NAMES, DEVICE_KINDS, Kind, Mark, Mask, kind_of
 
 _ROW, _ARROW, _MARK, _LABEL, _SKIP = range(5)
 _LAUNCH_KINDS = np.isin(np.arange(len(Kind)), (Kind.RUNTIME, *DEVICE_KINDS))
 _KEPT_KINDS = np.isin(np.arange(len(Kind)), (Kind.MEMCPY, Kind.MEMSET, Kind.COUNTER_RANGE, Kind.DEVICE_OTHER))
 _LABELS = ("process_name", "process_labels")
-_NONE = msgspec.Raw(b"null")
+_NARROW = {
+    "kind": np.int8,
+    "name": np.int32,
+    "thread": np.int16,
+    "start": np.int64,
+    "length": np.int32,
+    "correlation": np.int32,
+    "device": np.int16,
+    "stream": np.int16,
+    "keep": np.bool_,
+    "kept_bytes": np.int32,
+}
+"""What the columns are gathered in; a value that does not fit widens its column."""
 
 
 class Codes(dict[Any, int]):
@@ -111,9 +124,9 @@ class Columns:
         self._kinds = np.empty(0, np.int8)
         self._collective_names = np.empty(0, np.bool_)
         self._counts = np.empty(0, np.int64)
-        self._parts: dict[str, list[NDArray[Any]]] = {}
+        self._stores = {key: Store(dtype) for key, dtype in _NARROW.items()}
         self._arrows: list[NDArray[np.int64]] = []
-        self._args: list[list[Any]] | None = []
+        self._args: list[tuple[list[Any], Mask]] | None = []
         self._kept_text = bytearray()
         self._marks: list[Event] = []
         self.labels: dict[str, str] = {}
@@ -187,13 +200,13 @@ class Columns:
         keep = collective | _KEPT_KINDS[kind] | self._is_collective()[name]
         self._remember_first(thread, args)
         columns = {"kind": kind, "name": name, "thread": thread, "start": start, "length": length}
-        columns |= {"correlation": _narrow(correlation), "device": device, "stream": _narrow(stream), "keep": keep}
+        columns |= {"correlation": correlation, "device": device, "stream": stream, "keep": keep}
         if self._args is None:
             columns["kept_bytes"] = self._keep(args, keep)
         else:
-            self._args.append(args)
+            self._args.append((args, keep))
         for key, column in columns.items():
-            self._parts.setdefault(key, []).append(column)
+            self._stores[key].append(column)
 
     def _is_collective(self) -> Mask:
         """Which names are of collectives on the host. ``[names]``"""
@@ -226,10 +239,9 @@ class Columns:
         """From now on keep the arguments of chosen rows only, and no marks; forget what is held beyond that."""
         if self._args is None:
             return
-        held, self._args, self._marks = self._args, None, []
-        for at, keep in enumerate(self._parts.get("keep", [])):
-            self._parts.setdefault("kept_bytes", []).append(self._keep(held[at], keep))
-            held[at] = []
+        held, self._args, self._marks = self._args[::-1], None, []
+        while held:
+            self._stores["kept_bytes"].append(self._keep(*held.pop()))
 
     def _keep(self, args: list[Any], keep: Mask) -> Times:
         """Store the chosen arguments; their lengths."""
@@ -238,15 +250,14 @@ class Columns:
         return np.fromiter(map(len, chosen), np.int64, len(chosen))
 
     def take(self, key: str, dtype: Any) -> NDArray[Any]:
-        """The whole column; its parts are given up, so that no more than one column is ever held twice."""
-        parts = self._parts.pop(key, [])
-        return np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype)
+        """The whole column in the file's order; it is given up here, so that no more than one is ever held twice."""
+        return self._stores.pop(key).take(dtype)
 
     def take_args(self, order: NDArray[np.intp]) -> Sequence[Any]:
         """The arguments of rows ``order``, in that order."""
         keep = self.take("keep", np.bool_)
         if self._args is not None:
-            flat = [one for part in self._args for one in part]
+            flat = [one for part, _ in self._args for one in part]
             self._args = []
             return list(map(flat.__getitem__, order.tolist()))
         end = np.cumsum(self.take("kept_bytes", np.int64))
@@ -338,8 +349,3 @@ def _id(value: Any, limit: int) -> int:
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
         value = int(value)
     return value if type(value) is int and 0 <= value < limit else -1
-
-
-def _narrow(column: Times) -> NDArray[Any]:
-    """Half the bytes where the values allow it, while a large trace is gathered."""
-    return column.astype(np.int32) if column.size and int(column.max()) < 2**31 else column
