@@ -1,0 +1,216 @@
+"""Blocks of a trace's page that need no script: integrity, findings, bars, tables. Figures are shown, never computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ridgeline.report.page import Html, Section, esc, number, percent, seconds, table
+
+Row = Mapping[str, Any]
+BLUE, ORANGE, PURPLE, GREY, LIGHT = "#0b6bcb", "#b85800", "#8a4fbf", "#5b6776", "#dde3ea"
+CAUSES = (BLUE, ORANGE, "#23845b", PURPLE, "#c4314b", "#c9a227", GREY, "#7a8896")
+
+
+def integrity(lines: Sequence[str]) -> Section:
+    """What the capture lost, before anything else."""
+    lead = "What the capture lost or cannot support. Read it before the figures."
+    if not lines:
+        return Section("Integrity", lead, '<p class="sure">Nothing was found missing.</p>', "integrity")
+    body = "<ul class='doubts'>" + "".join(f"<li>{esc(line)}</li>" for line in lines) + "</ul>"
+    return Section("Integrity", lead, body, "integrity")
+
+
+def findings(rows: Sequence[Row]) -> Section:
+    """Findings, largest first, each with its evidence and its knob."""
+    lead = "What costs time, the largest first, and one reversible change for each."
+    if not rows:
+        return Section("Findings", lead, '<p class="why">No finding is large enough to name.</p>', "findings")
+    ordered = sorted(rows, key=lambda row: -float(row.get("seconds") or 0))
+    return Section("Findings", lead, '<ol class="findings">' + "".join(map(_finding, ordered)) + "</ol>", "findings")
+
+
+def _finding(row: Row) -> str:
+    gain = f"{esc(seconds(row.get('seconds')))}<span>{esc(row.get('per', 'at stake'))}</span>"
+    rank = "" if row.get("rank") is None else f" · rank {esc(row['rank'])}"
+    parts = [f"<h3>{esc(row.get('title', ''))}{rank}</h3>"]
+    if row.get("evidence"):
+        parts.append(f'<p class="evidence">{esc(row["evidence"])}</p>')
+    if row.get("knob"):
+        parts.append(f"<p>Try <code>{esc(row['knob'])}</code></p>")
+    return f'<li><b class="gain">{gain}</b><div>{"".join(parts)}</div></li>'
+
+
+def breakdown(rows: Sequence[Row], idle: Sequence[Row] | None) -> Section:
+    """One bar per rank on one scale; below it what of the communication was hidden; then idle by cause."""
+    longest = max((int(row.get("span_ns") or 0) for row in rows), default=0) or 1
+    used: dict[str, str] = {}
+    bars = "".join(_rank_bar(row, longest, used) for row in rows)
+    body = f'<div class="bars">{bars}</div>{_legend(used)}'
+    head = ["rank", "span", "busy", "compute", "communication", "exposed", "overlap", "kernels"]
+    body += "<div class='scroll'>" + table(head, [_summary_row(row) for row in rows], numeric=range(1, 8)) + "</div>"
+    if idle:
+        body += "<h3>Idle time by cause</h3>" + _idle(idle)
+    lead = "Each bar is one rank's span on a common scale; its parts are disjoint and sum to it. The thin line below is communication that ran under compute."
+    return Section("Where the time went", lead, body, "breakdown")
+
+
+def _rank_bar(row: Row, longest: int, used: dict[str, str]) -> str:
+    span, busy = int(row.get("span_ns") or 0), int(row.get("busy_ns") or 0)
+    compute, exposed = int(row.get("compute_ns") or 0), int(row.get("exposed_communication_ns") or 0)
+    hidden = int(row.get("communication_ns") or 0) - exposed
+    copies = max(busy - compute - exposed, 0)
+    parts = [
+        ("compute", compute, BLUE),
+        ("exposed communication", exposed, ORANGE),
+        ("copies and sets not hidden", copies, PURPLE),
+        ("idle", max(span - busy, 0), LIGHT),
+    ]
+    under = [("", max(compute - hidden, 0), "transparent"), ("communication under compute", hidden, "#e0954a")]
+    label = ", ".join(f"{name} {percent(ns / span)}" for name, ns, _ in parts if ns and span)
+    used |= {name: colour for name, ns, colour in [*parts, *under] if ns and name}
+    device = f"<small>{esc(row['device'])}</small>" if row.get("device") else ""
+    line = f'<div class="bar under">{_pieces(under, longest, False)}</div>' if hidden else ""
+    return (
+        f'<div class="who">rank {esc(row.get("rank", "?"))}{device}</div><div>'
+        f'<div class="bar" role="img" aria-label="{esc(label)}" style="width:{100 * span / longest:.2f}%">'
+        f"{_pieces(parts, span, True)}</div>{line}</div>"
+    )
+
+
+def _pieces(parts: Sequence[tuple[str, int, str]], whole: int, text: bool) -> str:
+    out = []
+    for name, ns, colour in parts:
+        share = ns / whole if whole else 0
+        if ns:
+            words = f"{percent(share)}" if text and share > 0.06 else ""
+            kind = ("light " if colour == LIGHT else "") + ("" if words else "thin")
+            title = f' title="{esc(name)}: {esc(seconds(ns / 1e9))}"' if name else ""
+            out.append(
+                f'<span class="{kind}" style="flex:0 0 {100 * share:.3f}%;background:{colour}"{title}>{words}</span>'
+            )
+    return "".join(out)
+
+
+def _legend(used: Mapping[str, str]) -> str:
+    chips = "".join(f'<li><i style="background:{colour}"></i>{esc(name)}</li>' for name, colour in used.items())
+    return f'<ul class="legend">{chips}</ul>'
+
+
+def _summary_row(row: Row) -> list[str]:
+    span, busy = row.get("span_ns") or 0, row.get("busy_ns") or 0
+    keys = ("compute_ns", "communication_ns", "exposed_communication_ns")
+    return [
+        str(row.get("rank", "?")),
+        _time(row.get("span_ns")),
+        f"{_time(busy)} ({percent(busy / span)})" if span else "–",
+        *(_time(row.get(key)) for key in keys),
+        percent(row.get("overlap_fraction")),
+        number(row.get("kernel_count")),
+    ]
+
+
+def _idle(rows: Sequence[Row]) -> str:
+    """One bar per device and stream, split by cause."""
+    keys = ("rank", "device", "stream")
+    groups: dict[tuple[Any, ...], dict[str, int]] = {}
+    for row in rows:
+        causes = groups.setdefault(tuple(row.get(key) for key in keys), {})
+        causes[str(row.get("cause"))] = causes.get(str(row.get("cause")), 0) + int(row.get("idle_ns") or 0)
+    names = sorted({name for causes in groups.values() for name in causes})
+    colours = {name: CAUSES[at % len(CAUSES)] for at, name in enumerate(names)}
+    longest = max(sum(causes.values()) for causes in groups.values()) or 1
+    bars = ""
+    for group, causes in groups.items():
+        who = ", ".join(f"{key} {value}" for key, value in zip(keys, group, strict=True) if value is not None)
+        whole = sum(causes.values())
+        parts = sorted(((name, ns, colours[name]) for name, ns in causes.items()), key=lambda part: -part[1])
+        bars += (
+            f'<div class="who">{esc(who or "all")}<small>{_time(whole)} idle</small></div>'
+            f'<div class="bar" style="width:{100 * whole / longest:.2f}%">{_pieces(parts, whole, True)}</div>'
+        )
+    return f'<div class="bars">{bars}</div>{_legend(colours)}'
+
+
+def kernels(rows: Sequence[Row], limit: int = 15) -> Section:
+    """The kernels (or operators) that took the time, by name."""
+    ordered = sorted(rows, key=lambda row: -int(row.get("sum_ns") or 0))[:limit]
+    largest = max((float(row.get("share") or 0) for row in ordered), default=0) or 1.0
+    ranked = any(row.get("rank") is not None for row in ordered)
+    cells = [
+        [
+            *([row.get("rank")] if ranked else []),
+            _name(row.get("name")),
+            row.get("role", ""),
+            number(row.get("count")),
+            _time(row.get("sum_ns")),
+            _time(row.get("mean_ns")),
+            Html(
+                f'<i class="meter" style="width:{90 * float(row.get("share") or 0) / largest:.1f}px"></i> {percent(row.get("share"))}'
+            ),
+        ]
+        for row in ordered
+    ]
+    head = [*(["rank"] if ranked else []), "name", "role", "count", "total", "mean", "share"]
+    shift = int(ranked)
+    body = f'<div class="scroll">{table(head, cells, numeric=[2 + shift, 3 + shift, 4 + shift])}</div>'
+    lead = f"The {len(ordered)} largest of {number(len(rows))} names, by time."
+    return Section("Kernels", lead, body, "kernels")
+
+
+def communication(rows: Sequence[Row]) -> Section:
+    """Who made whom wait: a cell is the time that the column's rank waited for the row's."""
+    lead = "Waiting in collectives: how long each column's rank waited for each row's rank, which came last."
+    waited = {(row["from_rank"], row["to_rank"]): int(row.get("waited_ns") or 0) for row in rows}
+    ranks = sorted({rank for pair in waited for rank in pair})
+    most = max(waited.values(), default=0)
+    if not most:
+        return Section("Who waited for whom", lead, '<p class="why">No rank waited for another.</p>', "communication")
+    head = "".join(f"<th scope='col'>rank {esc(rank)}</th>" for rank in ranks)
+    lines = "".join(
+        f"<tr><th scope='row'>rank {esc(one)} was last</th>"
+        + "".join(_cell(waited.get((one, other), 0), most, one == other) for other in ranks)
+        + "</tr>"
+        for one in ranks
+    )
+    body = f'<div class="scroll"><table class="matrix"><thead><tr><td></td>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    return Section("Who waited for whom", lead, body, "communication")
+
+
+def _cell(waited: int, most: int, own: bool) -> str:
+    if own:
+        return '<td style="background:#f5f7fa">–</td>'
+    share = waited / most
+    colour = f"rgba(217,115,13,{0.08 + 0.62 * share:.2f})" if waited else "#f5f7fa"
+    return f'<td style="background:{colour}">{_time(waited) if waited else "0"}</td>'
+
+
+def critical_path(segments: Sequence[Row], limit: int = 12) -> Section:
+    """The names on the critical path by the time they hold it."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for one in segments:
+        entry = sums.setdefault((str(one.get("name", "")), str(one.get("kind", ""))), [0, 0])
+        entry[0] += int(one["end_ns"]) - int(one["start_ns"])
+        entry[1] += 1
+    whole = sum(ns for ns, _ in sums.values()) or 1
+    largest = sorted(sums.items(), key=lambda item: -item[1][0])[:limit]
+    cells = [
+        [_name(name), kind, number(count), _time(ns), percent(ns / whole)] for (name, kind), (ns, count) in largest
+    ]
+    lead = f"The longest chain of dependent work, {_time(whole)}; marked red in the timeline."
+    head = ["on the path", "kind", "times", "total", "share"]
+    return Section("Critical path", lead, f'<div class="scroll">{table(head, cells, [2, 3, 4])}</div>', "critical-path")
+
+
+def absent(title: str, reason: str) -> Section:
+    """A section that this trace cannot have, and why."""
+    return Section(title, "", f'<p class="why">{esc(reason)}</p>')
+
+
+def _name(name: Any) -> Html:
+    """A name of which two lines show; the whole of it is its title."""
+    return Html(f'<div class="name" title="{esc(name)}">{esc(name)}</div>')
+
+
+def _time(ns: int | None) -> str:
+    return seconds(None if ns is None else ns / 1e9)

@@ -1,0 +1,149 @@
+"""One self-contained HTML page of a trace: what the capture lost, what it found, and a timeline to look for yourself.
+
+The order is fixed: integrity, findings, where the time went, the timeline, the critical path, kernels, who waited for
+whom, the call tree, the roofline, memory. Nothing is computed here but positions; every figure is another room's. The
+page needs no network, no library and no server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ridgeline.errors import UserError
+from ridgeline.profiling.table import TraceTable
+from ridgeline.report.page import Section, esc, number, render_page, seconds
+from ridgeline.report.trace import blocks, plots
+from ridgeline.report.trace.pack import MAX_EVENTS, Packed, pack, rank_of
+from ridgeline.report.trace.tree import frames
+from ridgeline.runs import write_atomic
+
+TITLES = {
+    "integrity": "Integrity",
+    "findings": "Findings",
+    "summary": "Where the time went",
+    "timeline": "Timeline",
+    "critical_path": "Critical path",
+    "kernels": "Kernels",
+    "communication": "Who waited for whom",
+    "calltree": "Call tree",
+    "roofline": "Roofline",
+    "memory": "Memory",
+}
+"""Sections in the order of the page."""
+
+
+def write_trace_report(
+    tables: Sequence[TraceTable], out: Path, title: str, sections: Mapping[str, Any], limit: int = MAX_EVENTS
+) -> Path:
+    """Write the page of ``tables`` (one per rank) to ``out``, atomically; returns ``out``.
+
+    ``sections`` holds plain data. Each may be absent; then the page is without it, or says why in one line when
+    ``sections["why"][name]`` is given.
+
+    ============= =====================================================================================================
+    integrity     list of lines; an empty list says that nothing was found missing
+    findings      rank, title, seconds, per (of what: "per step"), evidence, knob
+    summary       one per rank: rank, device, span_ns, busy_ns, compute_ns, communication_ns, exposed_communication_ns,
+                  overlap_fraction, kernel_count
+    idle          rank, device, stream, cause, idle_ns (shown under the summary)
+    critical_path start_ns, end_ns, name, kind, rank (on the tables' clock)
+    kernels       rank, name, role, count, sum_ns, mean_ns, share
+    communication from_rank (came last), to_rank (waited for it), waited_ns
+    calltree      rank, path (list, outermost first), inclusive_ns, exclusive_ns, count
+    roofline      {"operators": [name, flops, bytes, time_ns, achieved_flops_per_second, intensity, bound],
+                  "ceilings": {flops_per_second: number or by dtype, bytes_per_second, source}}
+    memory        {"timeline": [rank, time_ns, category, bytes from then on], "peak": {bytes, time_ns}}
+    ============= =====================================================================================================
+
+    At most ``limit`` events are drawn; when there are more, the shortest are left out and the page says which.
+
+    Raises:
+        UserError: no table, or none with a timed event.
+    """
+    tables = [table for table in tables if len(table)]
+    if not tables:
+        raise UserError("trace report: no timed event in any of the traces")
+    tables = [table for _, table in sorted(enumerate(tables), key=lambda pair: (rank_of(pair[1], pair[0]), pair[0]))]
+    packed = pack(tables, sections.get("critical_path") or (), limit)
+    built = {name: _build(name, sections, packed) for name in TITLES}
+    present = [section for section in built.values() if section is not None]
+    head = present[0]
+    contents = "".join(f'<a href="#{esc(one.anchor)}">{esc(one.title)}</a>' for one in present if one.anchor)
+    nav = Section(head.title, head.lead, head.body, head.anchor)
+    page = render_page(title, _subtitle(tables, packed), [nav, *present[1:]], [_scripts()])
+    page = page.replace("</style>", f"{_asset('style.css')}</style>", 1)
+    page = page.replace("</header>", f'<nav class="contents" aria-label="sections">{contents}</nav></header>', 1)
+    write_atomic(out, page)
+    return out
+
+
+def _subtitle(tables: Sequence[TraceTable], packed: Packed) -> str:
+    names = ", ".join(Path(table.meta.source).name for table in tables[:4])
+    more = f" and {len(tables) - 4} more" if len(tables) > 4 else ""
+    ranks = f"{len(tables)} ranks" if len(tables) > 1 else "1 rank"
+    return esc(f"{ranks}, {number(packed.total)} events over {seconds(packed.header['span'] / 1e9)}; {names}{more}")
+
+
+def _build(name: str, sections: Mapping[str, Any], packed: Packed) -> Section | None:
+    """The section of this name, the sentence why it is missing, or None."""
+    if name == "timeline":
+        return _timeline(packed)
+    given = sections.get(name)
+    if given is None or (not given and name not in ("integrity", "findings")):
+        reason = (sections.get("why") or {}).get(name)
+        return blocks.absent(TITLES[name], reason) if reason else None
+    if name == "summary":
+        return blocks.breakdown(given, sections.get("idle"))
+    if name == "calltree":
+        return _calltree(given)
+    if name == "roofline":
+        return plots.roofline(given["operators"], given.get("ceilings") or {})
+    if name == "memory":
+        return plots.memory(given["timeline"], given.get("peak"))
+    return {
+        "integrity": blocks.integrity,
+        "findings": blocks.findings,
+        "critical_path": blocks.critical_path,
+        "kernels": blocks.kernels,
+        "communication": blocks.communication,
+    }[name](given)
+
+
+def _timeline(packed: Packed) -> Section:
+    notes = [packed.header["note"]] if packed.header["note"] else []
+    if packed.shown < packed.total:
+        left = packed.total - packed.shown
+        notes.append(
+            f"{number(left)} events shorter than {seconds(packed.cut_ns / 1e9)} are not drawn and not searched, to keep "
+            "the page quick."
+        )
+    lead = "Threads above, the device's streams below. Scroll to zoom once the timeline is clicked, drag to move."
+    if notes:
+        lead += " <strong>" + esc(" ".join(notes)) + "</strong>"
+    data = f'<script type="application/json" id="trace-header">{_json(packed.header)}</script>'
+    data += f'<script type="text/plain" id="trace-block">{packed.block}</script>'
+    return Section("Timeline", lead, _asset("timeline.html") + data, "timeline")
+
+
+def _calltree(rows: Sequence[Mapping[str, Any]]) -> Section:
+    lead = "Width is inclusive time. Choose a frame to make it the whole width, Escape to return; arrow keys move."
+    body = '<div id="flame" role="group" aria-label="call tree"></div><p id="flame-note" aria-live="polite"></p>'
+    body += f'<script type="application/json" id="flame-data">{_json(frames(rows))}</script>'
+    return Section("Call tree", lead, body, "calltree")
+
+
+def _json(value: Any) -> str:
+    """JSON that may stand inside a script element."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+
+
+def _scripts() -> str:
+    return "\n".join(_asset(name) for name in ("data.js", "draw.js", "timeline.js", "flame.js"))
+
+
+def _asset(name: str) -> str:
+    return resources.files("ridgeline.report.trace").joinpath(name).read_text(encoding="utf-8")
