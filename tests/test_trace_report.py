@@ -175,6 +175,12 @@ def test_an_event_on_the_critical_path_bears_its_name_and_overlaps_it():
     path = [{"name": "a", "start_ns": 22, "end_ns": 25}, {"name": "b", "start_ns": 0, "end_ns": 50}]
     assert on_path(table, path).tolist() == [False, True, False]
     assert on_path(table, [{"name": "a", "start_ns": 10, "end_ns": 20}]).tolist() == [False] * 3
+    exact = [
+        {"row": 2, "name": "a", "start_ns": 41, "end_ns": 44},
+        {"row": 0, "name": "a", "start_ns": 10, "end_ns": 20},
+    ]
+    assert on_path(table, exact).tolist() == [False, False, True]  # the second ends before its event: a delay
+    assert not on_path(table, [{"row": -1, "name": "(no event)", "start_ns": 0, "end_ns": 50}]).any()
 
 
 def test_too_many_events_leave_out_the_shortest_and_the_page_says_so(tmp_path):
@@ -192,10 +198,24 @@ def test_too_many_events_leave_out_the_shortest_and_the_page_says_so(tmp_path):
 def everything(ranks=(0, 1)):
     """Every section, with figures that are easy to find again."""
     return {
-        "integrity": ["3 launches without a device event: <lost>"],
+        "integrity": [
+            "3 launches without a device event: <lost>",
+            {"rank": 1, "message": "1 of 3 steps is missing", "unsafe": ["per-step means"]},
+        ],
         "findings": [
-            {"rank": None, "title": "small", "seconds": 0.001, "evidence": "e1", "knob": "k1"},
-            {"rank": 1, "title": "large", "seconds": 0.02, "evidence": "late in every step", "knob": "pin_memory=True"},
+            {
+                "rank": 1,
+                "title": "large",
+                "seconds": 0.02,
+                "gain_seconds": [0.0, 0.015],
+                "per": "per step",
+                "evidence": "late in every step",
+                "knob": "pin_memory=True",
+                "unsafe": ["idle"],
+                "start_ns": 10**18 + 200_000,
+                "end_ns": 10**18 + 400_000,
+            },
+            {"rank": None, "title": "small", "seconds": 0.001, "evidence": "e1", "knob": None},
         ],
         "summary": [
             {
@@ -237,29 +257,52 @@ def everything(ranks=(0, 1)):
         "roofline": {
             "operators": [
                 {
-                    "name": "aten::mm",
+                    "operator": "aten::mm",
+                    "input_dims": "[[64, 64], [64, 64]]",
+                    "dtype": "float32",
                     "flops": 2e9,
-                    "bytes": 1e7,
-                    "time_ns": 10**7,
-                    "achieved_flops_per_second": 2e11,
-                    "intensity": 200.0,
+                    "device_time_ns": 10**7,
+                    "flops_per_second": 2e11,
+                    "intensity_flops_per_byte": 200.0,
+                    "share_of_ceiling": 0.5,
                     "bound": "compute",
-                }
+                },
+                {
+                    "operator": "aten::sort",
+                    "device_time_ns": 10**7,
+                    "flops": None,
+                    "flops_per_second": None,
+                    "intensity_flops_per_byte": None,
+                },
             ],
-            "ceilings": {"flops_per_second": {"fp32": 4e11}, "bytes_per_second": 1e10, "source": "measured here"},
+            "ceilings": {
+                "gemm_flops_per_second": {"fp32": 4e11, "fp8": None},
+                "read_bytes_per_second": 1e10,
+                "source": "measured here",
+            },
         },
         "memory": {
             "timeline": [
-                {"time_ns": at, "category": name, "bytes": size}
-                for at, name, size in [(0, "parameters", 1 << 20), (50, "activations", 1 << 20), (90, "activations", 0)]
+                {"rank": 0, "device": "cuda 0", "time_ns": at, "allocated_bytes": a + b, "a_bytes": a, "b_c_bytes": b}
+                for at, a, b in [(0, 1 << 20, 0), (50, 1 << 20, 1 << 20), (90, 1 << 20, 0)]
             ],
-            "peak": {"bytes": 2 << 20, "time_ns": 50},
+            "peak": [
+                {
+                    "rank": 0,
+                    "category": "a",
+                    "operator": "aten::empty",
+                    "where": "m.py(3): f",
+                    "count": 7,
+                    "bytes": 2 << 20,
+                    "share": 1.0,
+                }
+            ],
         },
         "critical_path": [
             {
                 "rank": 0,
                 "name": "aten::mm",
-                "kind": "operator",
+                "type": "operator",
                 "start_ns": 10**18 + 100_000,
                 "end_ns": 10**18 + 300_000,
             }
@@ -276,8 +319,20 @@ def test_the_page_is_one_balanced_file_in_a_fixed_order_that_needs_nothing_else(
     assert "<script>alert(1)" not in text and "A &lt;trace&gt;" in text and "&lt;lost&gt;" in text
     anchors = "integrity findings breakdown timeline critical-path kernels communication calltree roofline memory"
     assert re.findall(r'<section id="([\w-]+)"', text) == anchors.split()
-    assert text.index("<h3>large") < text.index("<h3>small")  # the largest finding first
-    for words in ("void k24&lt;T&gt;", "1,234", "9 ms", "33.3 %", "Peak 2 MiB", "host wait", "measured here"):
+    assert text.index("<h3>large") < text.index("<h3>small")  # the caller's order
+    for words in (
+        "void k24&lt;T&gt;",
+        "saves 0 to 15 ms",
+        "Unsafe: per-step means",
+        "50.0 % of the time",
+        "1,234",
+        "9 ms",
+        "33.3 %",
+        "2 MiB",
+        "b c",
+        "host wait",
+        "measured here",
+    ):
         assert words in text
 
 
@@ -484,6 +539,13 @@ def test_the_keyboard_alone_reaches_events(page):
     assert "Choose an event" in details(page)
     page.key("/")
     assert page.run("document.activeElement.id") == "timeline-search"
+
+
+@needs_browser
+def test_a_finding_shows_its_time_in_the_timeline(page):
+    page.click_on("[data-low]")
+    assert page.run("__ridgeline.view()") == pytest.approx([180_000, 420_000])
+    assert page.run("document.activeElement.id") == "timeline-canvas"
 
 
 @needs_browser

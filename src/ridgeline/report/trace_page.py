@@ -8,7 +8,7 @@ page needs no network, no library and no server.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -45,19 +45,25 @@ def write_trace_report(
     ``sections["why"][name]`` is given.
 
     ============= =====================================================================================================
-    integrity     list of lines; an empty list says that nothing was found missing
-    findings      rank, title, seconds, per (of what: "per step"), evidence, knob
+    integrity     lines, or dicts of rank, message, unsafe; an empty list says that nothing was found missing
+    findings      in the order to show: rank, title, seconds, per, evidence, knob; and where known gain_seconds (low,
+                  high), unsafe, start_ns and end_ns (a button shows them in the timeline)
     summary       one per rank: rank, device, span_ns, busy_ns, compute_ns, communication_ns, exposed_communication_ns,
                   overlap_fraction, kernel_count
-    idle          rank, device, stream, cause, idle_ns (shown under the summary)
-    critical_path start_ns, end_ns, name, kind, rank (on the tables' clock)
+    idle          rank, device, stream (None: all together), cause, idle_ns; shown under the summary
+    critical_path rank, start_ns, end_ns, type, name, row (of the rank's table); on the tables' clock
     kernels       rank, name, role, count, sum_ns, mean_ns, share
     communication from_rank (came last), to_rank (waited for it), waited_ns
-    calltree      rank, path (list, outermost first), inclusive_ns, exclusive_ns, count
-    roofline      {"operators": [name, flops, bytes, time_ns, achieved_flops_per_second, intensity, bound],
-                  "ceilings": {flops_per_second: number or by dtype, bytes_per_second, source}}
-    memory        {"timeline": [rank, time_ns, category, bytes from then on], "peak": {bytes, time_ns}}
+    calltree      rank, path (names, outermost first), inclusive_ns, exclusive_ns, count
+    roofline      {"operators": [operator, input_dims, dtype, flops, device_time_ns, flops_per_second,
+                  intensity_flops_per_byte, share_of_ceiling, bound],
+                  "ceilings": {gemm_flops_per_second: by dtype, read_bytes_per_second, source}}
+    memory        {"timeline": [rank, device, time_ns, and <category>_bytes for each category],
+                  "peak": [rank, category, operator, where, count, bytes, share]}
     ============= =====================================================================================================
+
+    The rows may hold more keys; an analysis' frame as dicts (``frame.to_dicts()``) serves for summary, idle, kernels,
+    critical_path, roofline and memory.
 
     At most ``limit`` events are drawn; when there are more, the shortest are left out and the page says which.
 
@@ -69,12 +75,10 @@ def write_trace_report(
         raise UserError("trace report: no timed event in any of the traces")
     tables = [table for _, table in sorted(enumerate(tables), key=lambda pair: (rank_of(pair[1], pair[0]), pair[0]))]
     packed = pack(tables, sections.get("critical_path") or (), limit)
-    built = {name: _build(name, sections, packed) for name in TITLES}
-    present = [section for section in built.values() if section is not None]
-    head = present[0]
+    built = (_build(name, sections, packed) for name in TITLES)
+    present = [section for section in built if section is not None]
     contents = "".join(f'<a href="#{esc(one.anchor)}">{esc(one.title)}</a>' for one in present if one.anchor)
-    nav = Section(head.title, head.lead, head.body, head.anchor)
-    page = render_page(title, _subtitle(tables, packed), [nav, *present[1:]], [_scripts()])
+    page = render_page(title, _subtitle(tables, packed), present, [_scripts()])
     page = page.replace("</style>", f"{_asset('style.css')}</style>", 1)
     page = page.replace("</header>", f'<nav class="contents" aria-label="sections">{contents}</nav></header>', 1)
     write_atomic(out, page)
@@ -93,24 +97,23 @@ def _build(name: str, sections: Mapping[str, Any], packed: Packed) -> Section | 
     if name == "timeline":
         return _timeline(packed)
     given = sections.get(name)
+    if isinstance(given, Mapping):  # roofline and memory: empty when their rows are
+        given = given if given.get("operators") or given.get("timeline") else None
     if given is None or (not given and name not in ("integrity", "findings")):
         reason = (sections.get("why") or {}).get(name)
         return blocks.absent(TITLES[name], reason) if reason else None
-    if name == "summary":
-        return blocks.breakdown(given, sections.get("idle"))
-    if name == "calltree":
-        return _calltree(given)
-    if name == "roofline":
-        return plots.roofline(given["operators"], given.get("ceilings") or {})
-    if name == "memory":
-        return plots.memory(given["timeline"], given.get("peak"))
-    return {
+    build: dict[str, Callable[[Any], Section]] = {
         "integrity": blocks.integrity,
-        "findings": blocks.findings,
+        "findings": lambda rows: blocks.findings(rows, packed.origins),
+        "summary": lambda rows: blocks.breakdown(rows, sections.get("idle")),
         "critical_path": blocks.critical_path,
         "kernels": blocks.kernels,
         "communication": blocks.communication,
-    }[name](given)
+        "calltree": _calltree,
+        "roofline": lambda found: plots.roofline(found["operators"], found.get("ceilings") or {}),
+        "memory": lambda found: plots.memory(found["timeline"], found.get("peak") or ()),
+    }
+    return build[name](given)
 
 
 def _timeline(packed: Packed) -> Section:

@@ -12,33 +12,53 @@ BLUE, ORANGE, PURPLE, GREY, LIGHT = "#0b6bcb", "#b85800", "#8a4fbf", "#5b6776", 
 CAUSES = (BLUE, ORANGE, "#23845b", PURPLE, "#c4314b", "#c9a227", GREY, "#7a8896")
 
 
-def integrity(lines: Sequence[str]) -> Section:
-    """What the capture lost, before anything else."""
+def integrity(lines: Sequence[str | Row]) -> Section:
+    """What the capture lost, before anything else; a defect that makes figures unsafe says which."""
     lead = "What the capture lost or cannot support. Read it before the figures."
     if not lines:
         return Section("Integrity", lead, '<p class="sure">Nothing was found missing.</p>', "integrity")
-    body = "<ul class='doubts'>" + "".join(f"<li>{esc(line)}</li>" for line in lines) + "</ul>"
+    body = "<ul class='doubts'>" + "".join(f"<li>{_defect(line)}</li>" for line in lines) + "</ul>"
     return Section("Integrity", lead, body, "integrity")
 
 
-def findings(rows: Sequence[Row]) -> Section:
-    """Findings, largest first, each with its evidence and its knob."""
-    lead = "What costs time, the largest first, and one reversible change for each."
+def _defect(line: str | Row) -> str:
+    if isinstance(line, str):
+        return esc(line)
+    where = "" if line.get("rank") is None else f"rank {line['rank']}: "
+    unsafe = ", ".join(line.get("unsafe") or ())
+    return esc(f"{where}{line['message']}") + (f" <strong>Unsafe: {esc(unsafe)}.</strong>" if unsafe else "")
+
+
+def findings(rows: Sequence[Row], origins: Mapping[int, int]) -> Section:
+    """Findings in the order given, each with its evidence and its knob. ``origins``: the timeline's zero of each rank."""
+    lead = "What costs time, and one reversible change for each that has one."
     if not rows:
         return Section("Findings", lead, '<p class="why">No finding is large enough to name.</p>', "findings")
-    ordered = sorted(rows, key=lambda row: -float(row.get("seconds") or 0))
-    return Section("Findings", lead, '<ol class="findings">' + "".join(map(_finding, ordered)) + "</ol>", "findings")
+    body = '<ol class="findings">' + "".join(_finding(row, origins) for row in rows) + "</ol>"
+    return Section("Findings", lead, body, "findings")
 
 
-def _finding(row: Row) -> str:
-    gain = f"{esc(seconds(row.get('seconds')))}<span>{esc(row.get('per', 'at stake'))}</span>"
-    rank = "" if row.get("rank") is None else f" · rank {esc(row['rank'])}"
-    parts = [f"<h3>{esc(row.get('title', ''))}{rank}</h3>"]
+def _finding(row: Row, origins: Mapping[int, int]) -> str:
+    cost = f"{esc(seconds(row.get('seconds')))}<span>{esc(row.get('per', 'at stake'))}</span>"
+    rank = "" if row.get("rank") is None or f"rank {row['rank']}" in row["title"] else f" · rank {esc(row['rank'])}"
+    parts = [f"<h3>{esc(row['title'])}{rank}</h3>"]
     if row.get("evidence"):
         parts.append(f'<p class="evidence">{esc(row["evidence"])}</p>')
+    gain = row.get("gain_seconds")
+    saves = (
+        f": saves {esc(seconds(gain[0]) if gain[0] else '0')} to {esc(seconds(gain[1]))}" if gain and gain[1] else ""
+    )
     if row.get("knob"):
-        parts.append(f"<p>Try <code>{esc(row['knob'])}</code></p>")
-    return f'<li><b class="gain">{gain}</b><div>{"".join(parts)}</div></li>'
+        parts.append(f"<p>Try <code>{esc(row['knob'])}</code>{saves}</p>")
+    if row.get("unsafe"):
+        parts.append(f'<p class="evidence"><strong>Doubtful: {esc(", ".join(row["unsafe"]))}</strong></p>')
+    if row.get("start_ns") is not None and row.get("end_ns") is not None:
+        origin = origins.get(row.get("rank", -1), min(origins.values()))
+        low, high = int(row["start_ns"]) - origin, int(row["end_ns"]) - origin
+        parts.append(
+            f'<p><button class="link" data-low="{low}" data-high="{high}">show it in the timeline</button></p>'
+        )
+    return f'<li><b class="gain">{cost}</b><div>{"".join(parts)}</div></li>'
 
 
 def breakdown(rows: Sequence[Row], idle: Sequence[Row] | None) -> Section:
@@ -114,19 +134,22 @@ def _idle(rows: Sequence[Row]) -> str:
     """One bar per device and stream, split by cause."""
     keys = ("rank", "device", "stream")
     groups: dict[tuple[Any, ...], dict[str, int]] = {}
-    for row in rows:
+    for row in (one for one in rows if one.get("idle_ns")):
         causes = groups.setdefault(tuple(row.get(key) for key in keys), {})
         causes[str(row.get("cause"))] = causes.get(str(row.get("cause")), 0) + int(row.get("idle_ns") or 0)
+    if not groups:
+        return '<p class="why">There was no idle time.</p>'
     names = sorted({name for causes in groups.values() for name in causes})
     colours = {name: CAUSES[at % len(CAUSES)] for at, name in enumerate(names)}
     longest = max(sum(causes.values()) for causes in groups.values()) or 1
     bars = ""
     for group, causes in groups.items():
         who = ", ".join(f"{key} {value}" for key, value in zip(keys, group, strict=True) if value is not None)
+        who += ", all streams together" if group[1] is not None and group[2] is None else ""
         whole = sum(causes.values())
         parts = sorted(((name, ns, colours[name]) for name, ns in causes.items()), key=lambda part: -part[1])
         bars += (
-            f'<div class="who">{esc(who or "all")}<small>{_time(whole)} idle</small></div>'
+            f'<div class="who">{esc(who or "the host")}<small>{_time(whole)} idle</small></div>'
             f'<div class="bar" style="width:{100 * whole / longest:.2f}%">{_pieces(parts, whole, True)}</div>'
         )
     return f'<div class="bars">{bars}</div>{_legend(colours)}'
@@ -189,7 +212,7 @@ def critical_path(segments: Sequence[Row], limit: int = 12) -> Section:
     """The names on the critical path by the time they hold it."""
     sums: dict[tuple[str, str], list[int]] = {}
     for one in segments:
-        entry = sums.setdefault((str(one.get("name", "")), str(one.get("kind", ""))), [0, 0])
+        entry = sums.setdefault((str(one.get("name", "")), str(one.get("type", ""))), [0, 0])
         entry[0] += int(one["end_ns"]) - int(one["start_ns"])
         entry[1] += 1
     whole = sum(ns for ns, _ in sums.values()) or 1
@@ -198,7 +221,7 @@ def critical_path(segments: Sequence[Row], limit: int = 12) -> Section:
         [_name(name), kind, number(count), _time(ns), percent(ns / whole)] for (name, kind), (ns, count) in largest
     ]
     lead = f"The longest chain of dependent work, {_time(whole)}; marked red in the timeline."
-    head = ["on the path", "kind", "times", "total", "share"]
+    head = ["on the path", "why the time passed", "times", "total", "share"]
     return Section("Critical path", lead, f'<div class="scroll">{table(head, cells, [2, 3, 4])}</div>', "critical-path")
 
 

@@ -50,10 +50,12 @@ CRITICAL = 128
 
 @dataclass(frozen=True)
 class Packed:
-    """``header`` is plain JSON; ``block`` is base64 text. ``shown`` events of ``total``, none shorter than ``cut_ns``."""
+    """``header`` is plain JSON; ``block`` is base64 text. ``shown`` events of ``total``, none shorter than ``cut_ns``.
+    ``origins`` gives each rank's zero of the time line, ns of its clock."""
 
     header: dict[str, Any]
     block: str
+    origins: dict[int, int]
     shown: int
     total: int
     cut_ns: int
@@ -76,8 +78,8 @@ class _Rank:
 def pack(tables: Sequence[TraceTable], critical: Sequence[Mapping[str, Any]] = (), limit: int = MAX_EVENTS) -> Packed:
     """Pack the events of ``tables`` (at least one, none empty).
 
-    ``critical`` are the critical path's segments: ``start_ns``, ``end_ns``, ``name``, ``rank`` (may be absent for one
-    rank). An event is marked when its name is a segment's and it overlaps that segment.
+    ``critical`` are the critical path's segments: ``start_ns``, ``end_ns``, ``name``, ``row`` (of the table; may be
+    absent), ``rank`` (may be absent for one rank).
     """
     total = sum(len(table) for table in tables)
     cut = _shortest_shown(tables, limit)
@@ -90,9 +92,10 @@ def pack(tables: Sequence[TraceTable], critical: Sequence[Mapping[str, Any]] = (
     codes, names = _names(tables, ranks)
     header, block = _encode(tables, ranks, codes)
     shown = sum(int(one.rows.size) for one in ranks)
-    header |= {"names": names, "roles": list(ROLES), "origin_ns": str(shared), "note": note}
+    header |= {"names": names, "roles": list(ROLES), "note": note}
     header["span"] = max(int(t.end.max()) - o for t, o in zip(tables, origins, strict=True))
-    return Packed(header, block, shown, total, cut)
+    zeros = {rank_of(table, at): origin for at, (table, origin) in enumerate(zip(tables, origins, strict=True))}
+    return Packed(header, block, zeros, shown, total, cut)
 
 
 def rank_of(table: TraceTable, position: int) -> int:
@@ -185,19 +188,24 @@ def roles(table: TraceTable, launched: NDArray[np.intp]) -> NDArray[np.uint8]:
 
 
 def on_path(table: TraceTable, segments: Sequence[Mapping[str, Any]]) -> Mask:
-    """Events that bear a segment's name and overlap it. ``[rows]``"""
+    """Events that a segment names (by ``row`` where it has one, else by ``name``) and overlaps. ``[rows]``"""
     out = np.zeros(len(table), np.bool_)
-    if not segments:
-        return out
+    exact = [one for one in segments if one.get("row") is not None]
+    rows = np.array([int(one["row"]) for one in exact], np.int64)
+    low = np.array([int(one["start_ns"]) for one in exact], np.int64)
+    high = np.array([int(one["end_ns"]) for one in exact], np.int64)
+    known = (rows >= 0) & (rows < len(table))
+    rows, low, high = rows[known], low[known], high[known]
+    out[rows[(table.start[rows] < high) & (low < table.end[rows])]] = True
     by_name: dict[str, list[tuple[int, int]]] = {}
     for one in segments:
-        by_name.setdefault(str(one.get("name", "")), []).append((int(one["start_ns"]), int(one["end_ns"])))
-    for code, name in enumerate(table.names):
-        if name in by_name:
-            rows = np.flatnonzero(table.name == code)
-            spans = np.array(sorted(by_name[name]), np.int64)
-            at = np.searchsorted(spans[:, 0], table.end[rows], side="left") - 1
-            out[rows] = (at >= 0) & (spans[np.maximum(at, 0), 1] > table.start[rows])
+        if one.get("row") is None:
+            by_name.setdefault(str(one.get("name", "")), []).append((int(one["start_ns"]), int(one["end_ns"])))
+    for code in (code for code, name in enumerate(table.names) if name in by_name):
+        named = np.flatnonzero(table.name == code)
+        spans = np.array(sorted(by_name[table.names[code]]), np.int64)
+        at = np.searchsorted(spans[:, 0], table.end[named], side="left") - 1
+        out[named] = (at >= 0) & (spans[np.maximum(at, 0), 1] > table.start[named])
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ridgeline.report.page import Html, Section, esc, number, seconds, si, table
+from ridgeline.report.page import Html, Section, esc, number, percent, seconds, si, table
 
 Row = Mapping[str, Any]
 BOUND = {"compute": "#0b6bcb", "memory": "#b85800"}
@@ -20,33 +20,43 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1180, 420, 84, 20, 18, 46
 def roofline(rows: Sequence[Row], ceilings: Mapping[str, Any], limit: int = 12) -> Section:
     """Operators by arithmetic intensity and achieved rate under the device's roofs; a circle's area is its time.
 
-    ``ceilings``: ``flops_per_second`` (a number, or one per dtype), ``bytes_per_second``, both may be absent, and
-    ``source``.
+    ``ceilings``: ``gemm_flops_per_second`` (by dtype), ``read_bytes_per_second``, ``source``; each may be absent.
     """
-    good = [row for row in rows if (row.get("intensity") or 0) > 0 and (row.get("achieved_flops_per_second") or 0) > 0]
-    shown = sorted(good, key=lambda row: -int(row.get("time_ns") or 0))
-    source = ceilings.get("source") or ("" if ceilings else "no ceiling of this device is known, so no roof is drawn")
-    lead = f"Each circle is an operator, its area the time it took; {esc(source) or 'the lines are the limits'}."
+    good = [row for row in rows if (row["intensity_flops_per_byte"] or 0) > 0 and (row["flops_per_second"] or 0) > 0]
+    shown = sorted(good, key=lambda row: -int(row["device_time_ns"]))
+    source = str(ceilings.get("source") or "the lines are this device's ceilings")
+    roofs = source if _roofs(ceilings) else "no ceiling of the device is known, so no roof is drawn"
+    lead = f"Each circle is an operator with its input sizes, its area the time it took; {esc(roofs)}."
     if not shown:
-        body = '<p class="why">No operator has both counted FLOPs and bytes.</p>'
+        body = '<p class="why">No operator has counted FLOPs.</p>'
         return Section("Roofline", lead, body, "roofline")
-    head = ["#", "operator", "time", "FLOPs", "bytes", "FLOP/byte", "achieved", "bound"]
+    whole, counted = (sum(int(row["device_time_ns"]) for row in some) for some in (rows, shown))
+    if counted < whole:
+        lead += f" Drawn: {percent(counted / whole)} of the time; the FLOPs of the rest are not known or none."
+    head = ["#", "operator", "inputs", "dtype", "time", "FLOPs", "FLOP/byte", "achieved", "of its ceiling", "bound"]
     cells = [[at, *_operator(row)] for at, row in enumerate(shown[:limit], 1)]
     body = _roof_svg(shown, ceilings, limit)
-    body += f'<div class="scroll">{table(head, cells, numeric=[0, 2, 3, 4, 5, 6])}</div>'
+    body += f'<div class="scroll">{table(head, cells, numeric=[0, 4, 5, 6, 7, 8])}</div>'
     return Section("Roofline", lead, body, "roofline")
 
 
 def _operator(row: Row) -> list[Any]:
     return [
-        Html(f'<div class="name">{esc(row.get("name", ""))}</div>'),
-        seconds((row.get("time_ns") or 0) / 1e9),
+        Html(f'<div class="name">{esc(row.get("operator") or "no known operator")}</div>'),
+        Html(f'<div class="name dims">{esc(row.get("input_dims") or "–")}</div>'),
+        row.get("dtype") or "–",
+        seconds(row["device_time_ns"] / 1e9),
         si(row.get("flops"), "FLOP"),
-        si(row.get("bytes"), "B"),
-        number(row.get("intensity")),
-        si(row.get("achieved_flops_per_second"), "FLOP/s"),
+        number(row["intensity_flops_per_byte"]),
+        si(row["flops_per_second"], "FLOP/s"),
+        percent(row.get("share_of_ceiling")),
         row.get("bound") or "–",
     ]
+
+
+def _roofs(ceilings: Mapping[str, Any]) -> dict[str, float]:
+    given = ceilings.get("gemm_flops_per_second") or {}
+    return {str(name): float(rate) for name, rate in given.items() if rate}
 
 
 class _Log:
@@ -66,27 +76,16 @@ class _Log:
 
 
 def _roof_svg(rows: Sequence[Row], ceilings: Mapping[str, Any], limit: int) -> str:
-    given = ceilings.get("flops_per_second") or {}
-    roofs = dict(given) if isinstance(given, Mapping) else {"peak": float(given)}
-    speed = ceilings.get("bytes_per_second")
+    roofs, speed = _roofs(ceilings), ceilings.get("read_bytes_per_second")
     ridges = [rate / speed for rate in roofs.values()] if speed else []
-    across = _Log([row["intensity"] for row in rows] + ridges, LEFT, WIDTH - RIGHT)
-    rates = [row["achieved_flops_per_second"] for row in rows]
+    across = _Log([row["intensity_flops_per_byte"] for row in rows] + ridges, LEFT, WIDTH - RIGHT)
+    rates = [row["flops_per_second"] for row in rows]
     up = _Log(rates + list(roofs.values()), HEIGHT - BOTTOM, TOP)
     parts = [_axes(across, up), *(_roof(name, rate, speed, across, up) for name, rate in roofs.items())]
-    longest = max(int(row.get("time_ns") or 0) for row in rows) or 1
+    longest = max(int(row["device_time_ns"]) for row in rows) or 1
     for at in reversed(range(len(rows))):
-        row = rows[at]
-        x, y = across(row["intensity"]), up(row["achieved_flops_per_second"])
-        radius = max(3.5, 22 * math.sqrt((row.get("time_ns") or 0) / longest))
-        colour = BOUND.get(str(row.get("bound")), "#5b6776")
-        words = (
-            f"{row.get('name', '')}: {seconds((row.get('time_ns') or 0) / 1e9)}, {row.get('bound') or 'bound unknown'}"
-        )
-        parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{colour}" fill-opacity=".3" '
-            f'stroke="{colour}"><title>{esc(words)}</title></circle>'
-        )
+        x, y = across(rows[at]["intensity_flops_per_byte"]), up(rows[at]["flops_per_second"])
+        parts.append(_circle(rows[at], x, y, max(3.5, 22 * math.sqrt(rows[at]["device_time_ns"] / longest))))
         if at < limit:
             parts.append(
                 f'<text class="strong" x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle" '
@@ -95,8 +94,18 @@ def _roof_svg(rows: Sequence[Row], ceilings: Mapping[str, Any], limit: int) -> s
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="roofline of {len(rows)} operators">{"".join(parts)}</svg>'
-        '<ul class="legend"><li><i style="background:#0b6bcb"></i>bound by compute</li>'
-        '<li><i style="background:#b85800"></i>bound by memory</li></ul>'
+        + '<ul class="legend">'
+        + "".join(f'<li><i style="background:{colour}"></i>bound by {name}</li>' for name, colour in BOUND.items())
+        + "</ul>"
+    )
+
+
+def _circle(row: Row, x: float, y: float, radius: float) -> str:
+    colour = BOUND.get(str(row.get("bound")), "#5b6776")
+    words = f"{row.get('operator')}: {seconds(row['device_time_ns'] / 1e9)}, {row.get('bound') or 'bound unknown'}"
+    return (
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{colour}" fill-opacity=".3" '
+        f'stroke="{colour}"><title>{esc(words)}</title></circle>'
     )
 
 
@@ -129,25 +138,48 @@ def _roof(name: str, rate: float, speed: float | None, across: _Log, up: _Log) -
     )
 
 
-def memory(rows: Sequence[Row], peak: Row | None, points: int = 600) -> Section:
-    """Bytes by category over time, one drawing per rank; ``rows`` give a category's bytes from ``time_ns`` on."""
-    lead = "Bytes held by category over time; the dashed line is the peak."
-    ranks = sorted({row.get("rank") for row in rows}, key=lambda rank: (rank is not None, rank))
+def memory(rows: Sequence[Row], peak: Sequence[Row], points: int = 600, limit: int = 12) -> Section:
+    """Bytes by category over time, one drawing per rank and device, and what the peak is made of.
+
+    ``rows``: ``rank``, ``device``, ``time_ns`` and one column ``<category>_bytes`` each, of what is held from then on;
+    ``allocated_bytes`` and ``reserved_bytes`` are sums and not drawn. ``peak``: ``category``, ``operator``, ``where``,
+    ``count``, ``bytes``, ``share``.
+    """
+    lead = "Bytes held over time by category; the dashed line is the peak."
+    columns = [key for key in rows[0] if key.endswith("_bytes") and key not in ("allocated_bytes", "reserved_bytes")]
+    used = [key for key in columns if any(row.get(key) for row in rows)]
+    colours = {key: CATEGORIES[at % len(CATEGORIES)] for at, key in enumerate(used)}
     body = ""
-    names = sorted({str(row.get("category")) for row in rows})
-    colours = {name: CATEGORIES[at % len(CATEGORIES)] for at, name in enumerate(names)}
-    for rank in ranks:
-        mine = [row for row in rows if row.get("rank") == rank]
-        body += (f"<h3>Rank {esc(rank)}</h3>" if rank is not None else "") + _memory_svg(mine, colours, points)
-    chips = "".join(f'<li><i style="background:{colour}"></i>{esc(name)}</li>' for name, colour in colours.items())
+    for who in dict.fromkeys((row.get("rank"), row.get("device")) for row in rows):
+        mine = [row for row in rows if (row.get("rank"), row.get("device")) == who]
+        named = ", ".join(([f"rank {who[0]}"] if who[0] is not None else []) + ([str(who[1])] if who[1] else []))
+        body += (f"<h3>{esc(named)}</h3>" if named else "") + _memory_svg(mine, colours, points)
+    chips = "".join(f'<li><i style="background:{colours[key]}"></i>{esc(_category(key))}</li>' for key in used)
     body += f'<ul class="legend">{chips}</ul>'
-    if peak and peak.get("bytes") is not None:
-        lead = f"Peak {si(peak['bytes'], 'iB', 1024)}. " + lead
+    if peak:
+        largest = sorted(peak, key=lambda row: -int(row["bytes"]))[:limit]
+        head = ["rank", "category", "allocated by", "where", "allocations", "bytes", "share"]
+        cells = [_held(row) for row in largest]
+        body += f'<h3>At the peak</h3><div class="scroll">{table(head, cells, numeric=[4, 5, 6])}</div>'
     return Section("Memory", lead, body, "memory")
 
 
+def _held(row: Row) -> list[Any]:
+    rank = row.get("rank")
+    where = Html(f'<div class="name">{esc(row.get("where") or "–")}</div>')
+    amount = [number(row.get("count")), si(row["bytes"], "iB", 1024), percent(row.get("share"))]
+    return ["–" if rank is None else rank, row.get("category"), row.get("operator") or "–", where, *amount]
+
+
+def _category(column: str) -> str:
+    return column.removesuffix("_bytes").replace("_", " ")
+
+
 def _memory_svg(rows: Sequence[Row], colours: Mapping[str, str], points: int) -> str:
-    times, stack = _thin(*_levels(rows, list(colours)), points)
+    times = np.array([int(row["time_ns"]) for row in rows], np.int64)
+    held = np.array([[int(row.get(key) or 0) for row in rows] for key in colours], np.int64).reshape(-1, len(rows))
+    order = np.argsort(times, kind="stable")
+    times, stack = _thin(times[order], held[:, order], points)
     base, span, height = int(times[0]), max(int(times[-1] - times[0]), 1), 260
     total = stack.sum(axis=0)
     top = max(int(total.max()), 1)
@@ -162,7 +194,7 @@ def _memory_svg(rows: Sequence[Row], colours: Mapping[str, str], points: int) ->
         there = "".join(f"H{a:.1f}V{y(b):.1f}" for a, b in zip(x[1:], upper[1:], strict=True))
         back = "".join(f"V{y(b):.1f}H{a:.1f}" for a, b in zip(x[-2::-1], below[-2::-1], strict=True))
         path = f"M{x[0]:.1f} {y(upper[0]):.1f}{there}V{y(below[-1]):.1f}{back}Z"
-        parts.append(f'<path d="{path}" fill="{colours[name]}"><title>{esc(name)}</title></path>')
+        parts.append(f'<path d="{path}" fill="{colours[name]}"><title>{esc(_category(name))}</title></path>')
         below = upper
     parts.append(f'<path d="M{LEFT} {y(top):.1f}H{WIDTH - RIGHT}" stroke="#1b2430" stroke-dasharray="5 4"/>')
     parts.append(f'<text x="{LEFT - 8}" y="{y(top) + 4:.1f}" text-anchor="end">{si(top, "iB", 1024)}</text>')
@@ -176,25 +208,6 @@ def _memory_svg(rows: Sequence[Row], colours: Mapping[str, str], points: int) ->
         f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="memory over '
         f'{seconds(span / 1e9)}, peak {si(top, "iB", 1024)}">{"".join(parts)}</svg>'
     )
-
-
-def _levels(rows: Sequence[Row], names: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(times ``[t]``, bytes ``[categories, t]``): every category's latest value at each moment, 0 before its first."""
-    times = np.array(sorted({int(row["time_ns"]) for row in rows}), np.int64)
-    stack = np.zeros((len(names), times.size), np.int64)
-    for at, name in enumerate(names):
-        mine = sorted(
-            ((int(r["time_ns"]), int(r["bytes"])) for r in rows if str(r.get("category")) == name), key=_first
-        )
-        given = np.array([time for time, _ in mine], np.int64)
-        last = np.searchsorted(given, times, side="right") - 1
-        values = np.array([value for _, value in mine] or [0], np.int64)
-        stack[at] = np.where(last >= 0, values[np.maximum(last, 0)], 0)
-    return times, stack
-
-
-def _first(pair: tuple[int, int]) -> int:
-    return pair[0]
 
 
 def _thin(

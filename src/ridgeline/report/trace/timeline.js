@@ -40,6 +40,7 @@ class Timeline {
       fit: () => this.show(0, this.data.header.span), previous: () => this.next(-1), next: () => this.next(1), fold: () => this.fold(),
     };
     document.querySelectorAll("[data-act]").forEach(button => button.addEventListener("click", acts[button.dataset.act]));
+    document.querySelectorAll("[data-low]").forEach(button => button.addEventListener("click", () => this.visit(+button.dataset.low, +button.dataset.high)));
     this.details.addEventListener("click", event => {
       const to = event.target.closest("[data-event]");
       if (to) this.choose(+to.dataset.event, true);
@@ -71,6 +72,14 @@ class Timeline {
     this.painter.low = start;
     this.painter.high = start + wide;
     this.draw();
+  }
+
+  // Shows a span with some room around it, the timeline in sight.
+  visit(low, high) {
+    const room = Math.max(0.1 * (high - low), LEAST);
+    this.show(low - room, high + room);
+    document.getElementById("timeline").scrollIntoView({ behavior: "instant" });
+    this.canvas.focus({ preventScroll: true });
   }
 
   zoom(factor, x = null) {
