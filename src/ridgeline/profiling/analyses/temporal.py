@@ -108,15 +108,15 @@ def activity(table: TraceTable) -> Activity:
 def _device(table: TraceTable) -> Activity:
     phases, launched = classify.find_phases(table), classify.launches(table)
     roles = classify.device_roles(table, phases, launched)
-    busy = table.intervals(table.device_rows)
-    window = Intervals(busy.start[:1], busy.end[-1:]) if busy.start.size else empty()
+    device = table.device_rows
+    ends = np.maximum(table.start[device], table.end[device])
     return Activity(
         device="gpu",
         compute=table.intervals(roles.compute | roles.optimizer | roles.unknown),
         communication=table.intervals(roles.collective),
         memory=table.intervals(roles.copies),
         unknown=table.intervals(roles.unknown),
-        window=window,
+        window=union(table.start[device].min(keepdims=True), ends.max(keepdims=True)),
         kernels=np.sort(table.start[table.is_kind(Kind.KERNEL)]),
     )
 
@@ -169,7 +169,9 @@ def _row(found: Activity, step: int | None, window: Intervals) -> dict[str, obje
         "exposed_memory_ns": total(subtract(memory, merge(compute, communication))),
         "unknown_ns": total(unknown),
         "overlap_fraction": 1 - exposed / spent if spent else None,
-        "kernel_count": int(np.diff(np.searchsorted(found.kernels, [low, high]))[0]),
+        "kernel_count": found.kernels.size
+        if window is found.window
+        else int(np.diff(np.searchsorted(found.kernels, [low, high]))[0]),
     }
 
 
