@@ -69,7 +69,7 @@ class _Level(NamedTuple):
 
     code: Codes
     where: NDArray[np.intp]
-    count: Codes
+    total: Codes
     apart: Codes
 
 
@@ -79,7 +79,7 @@ class _Found(NamedTuple):
     length: int
     code: Codes
     first: NDArray[np.intp]
-    count: Codes
+    apart: Codes
     kernel_ns: Times
     gap_ns: Times
 
@@ -188,7 +188,7 @@ def _count(text: _Text, longest: int, min_count: int) -> list[_Found]:
         code = code.reshape(-1)
         fresh = _occurrences(text, length, where, code, count, min_count)
         apart = np.zeros(count.size, np.int64)
-        apart[fresh.code] = fresh.count
+        apart[fresh.code] = fresh.apart
         level = _Level(code, where, count, apart)
         if shorter is not None:
             found[-1] = _closed(found[-1], shorter, level, prefix)
@@ -201,9 +201,9 @@ def _closed(found: _Found, shorter: _Level, longer: _Level, prefix: Codes) -> _F
     """``found`` without the sequences that are each time the head, or each time the tail, of one and the same longer
     sequence. ``prefix`` is the shorter code at the head of each of the longer ones."""
     tail = shorter.code[np.searchsorted(shorter.where, longer.where + 1)]
-    inside = np.zeros(shorter.count.size, np.bool_)
+    inside = np.zeros(shorter.total.size, np.bool_)
     for part in (prefix, tail):
-        same = (longer.count[longer.code] == shorter.count[part]) & (longer.apart[longer.code] == shorter.apart[part])
+        same = (longer.total[longer.code] == shorter.total[part]) & (longer.apart[longer.code] == shorter.apart[part])
         inside[part[same]] = True
     alone = ~inside[found.code]
     return _Found(found.length, *(column[alone] for column in found[1:]))
@@ -263,7 +263,7 @@ def _frame(table: TraceTable, text: _Text, found: list[_Found]) -> pl.DataFrame:
             "device": device[rows],
             "stream": stream[rows],
             "length": np.full(rows.size, one.length, np.int64),
-            "count": one.count,
+            "count": one.apart,
             "kernel_ns": one.kernel_ns,
             "gap_ns": one.gap_ns,
             "sequence": names,
