@@ -208,7 +208,7 @@ def _frame_rows(
     group. Exposure is filled in later, and the sequence made of that moment."""
     operators = _named(table, _outermost(host, call))
     modules = _named(table, _modules(table, call))
-    steps = _steps(table, np.where(call >= 0, table.start[call], times[0]))
+    steps = _steps(table, times[3])
     rows = []
     for at, (fact, (op, name)) in enumerate(zip(facts, names, strict=True)):
         arrival, start, end, order = (int(one[at]) for one in times)
