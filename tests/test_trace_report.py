@@ -20,7 +20,8 @@ from ridgeline.profiling.analyses.temporal import temporal_breakdown
 from ridgeline.profiling.load import load_table
 from ridgeline.profiling.table import Kind, TraceMeta, TraceTable
 from ridgeline.report.trace import blocks, plots
-from ridgeline.report.trace.pack import MAX_ROWS, ROLES, on_path, pack, separate, varint
+from ridgeline.report.trace.pack import MAX_ROWS, ROLES, SEGMENT, pack, separate, varint
+from ridgeline.report.trace.path import on_path
 from ridgeline.report.trace.tree import frames
 from ridgeline.report.trace_page import write_trace_report
 from test_report import Balance
@@ -181,6 +182,27 @@ def test_an_event_on_the_critical_path_bears_its_name_and_overlaps_it():
     ]
     assert on_path(table, exact).tolist() == [False, False, True]  # the second ends before its event: a delay
     assert not on_path(table, [{"row": -1, "name": "(no event)", "start_ns": 0, "end_ns": 50}]).any()
+
+
+def test_the_critical_path_is_a_lane_of_its_own_that_shifts_no_partner():
+    at = 10**18
+    path = [
+        {"type": "launch delay", "name": "sgemm_128", "row": 4, "start_ns": at + 200_000, "end_ns": at + 320_000},
+        {"type": "kernel", "name": "sgemm_128", "row": 4, "start_ns": at + 320_000, "end_ns": at + 570_000},
+        {"type": "kernel", "name": "nothing", "row": 4, "start_ns": at + 570_000, "end_ns": at + 570_000},
+    ]
+    table = small()
+    path[0]["row"] = path[1]["row"] = int(np.flatnonzero(table.named("sgemm_128".__eq__))[0])
+    packed, plain = pack([table], path), unpack(pack([table]))
+    rows = unpack(packed)
+    assert packed.shown == packed.total == len(table) == len(rows) - 2
+    assert [row[1:6] for row in rows[:2]] == [
+        ("critical path", 0, "launch delay: sgemm_128", 200_000, 320_000),
+        ("critical path", 0, "kernel: sgemm_128", 320_000, 570_000),
+    ]
+    assert [ROLES[row[6] ^ SEGMENT] for row in rows[:2]] == ["gap or delay", "compute kernel"]
+    assert [row[3] for row in rows if row[6] & 128] == ["sgemm_128"]
+    assert [(*row[:6], row[7] + 2 if row[7] >= 0 else -1) for row in plain] == [(*row[:6], row[7]) for row in rows[2:]]
 
 
 def test_too_many_events_leave_out_the_shortest_and_the_page_says_so(tmp_path):
@@ -438,7 +460,7 @@ def details(browser):
 
 @needs_browser
 def test_a_click_on_an_event_shows_what_it_is_and_a_click_on_its_partner_goes_there(page):
-    assert page.run("__ridgeline.count") == 12
+    assert page.run("__ridgeline.count") == 13  # six events of two ranks and a segment of the path
     page.click(*middle(page, "sgemm_128"))
     text = details(page)
     assert text.startswith("sgemm_128") and "250 µs" in text and "320,000 ns" in text
@@ -530,7 +552,8 @@ def test_pinching_zooms(page):
 def test_the_keyboard_alone_reaches_events(page):
     page.run("document.getElementById('timeline-canvas').focus()")
     page.key("ArrowRight")
-    assert details(page).startswith("ProfilerStep#3")
+    assert details(page).startswith("operator: aten::mm")
+    page.key("ArrowDown")
     page.key("ArrowDown")
     assert details(page).startswith("aten::mm")
     page.key("ArrowRight")
@@ -567,7 +590,7 @@ def test_search_counts_marks_and_walks(page):
 def test_a_lane_folds_when_its_name_is_clicked(page):
     x, y = middle(page, "ProfilerStep#3")
     left = page.run("document.getElementById('timeline-canvas').getBoundingClientRect().x")
-    rows = "__ridgeline.timeline.painter.bands.filter(b => b.lane)[0].height"
+    rows = "__ridgeline.timeline.painter.bands.filter(b => b.lane)[1].height"
     tall = page.run(rows)
     page.click(left + 30, y)
     assert page.run(rows) < tall

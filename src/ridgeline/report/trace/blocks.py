@@ -132,11 +132,12 @@ def _summary_row(row: Row) -> list[str]:
 
 def _idle(rows: Sequence[Row]) -> str:
     """One bar per device and stream, split by cause."""
-    keys = ("rank", "device", "stream")
+    several = len({row.get("rank") for row in rows}) > 1
+    keys = ("rank", "device", "stream") if several else ("device", "stream")
     groups: dict[tuple[Any, ...], dict[str, int]] = {}
     for row in (one for one in rows if one.get("idle_ns")):
-        causes = groups.setdefault(tuple(row.get(key) for key in keys), {})
-        causes[str(row.get("cause"))] = causes.get(str(row.get("cause")), 0) + int(row.get("idle_ns") or 0)
+        causes, cause = groups.setdefault(tuple(row.get(key) for key in keys), {}), str(row["cause"]).replace("_", " ")
+        causes[cause] = causes.get(cause, 0) + int(row["idle_ns"])
     if not groups:
         return '<p class="why">There was no idle time.</p>'
     names = sorted({name for causes in groups.values() for name in causes})
@@ -145,7 +146,7 @@ def _idle(rows: Sequence[Row]) -> str:
     bars = ""
     for group, causes in groups.items():
         who = ", ".join(f"{key} {value}" for key, value in zip(keys, group, strict=True) if value is not None)
-        who += ", all streams together" if group[1] is not None and group[2] is None else ""
+        who += ", all streams" if group[-2] is not None and group[-1] is None else ""
         whole = sum(causes.values())
         parts = sorted(((name, ns, colours[name]) for name, ns in causes.items()), key=lambda part: -part[1])
         bars += (
@@ -159,7 +160,7 @@ def kernels(rows: Sequence[Row], limit: int = 15) -> Section:
     """The kernels (or operators) that took the time, by name."""
     ordered = sorted(rows, key=lambda row: -int(row.get("sum_ns") or 0))[:limit]
     largest = max((float(row.get("share") or 0) for row in ordered), default=0) or 1.0
-    ranked = any(row.get("rank") is not None for row in ordered)
+    ranked = len({row.get("rank") for row in rows}) > 1
     cells = [
         [
             *([row.get("rank")] if ranked else []),
@@ -169,7 +170,7 @@ def kernels(rows: Sequence[Row], limit: int = 15) -> Section:
             _time(row.get("sum_ns")),
             _time(row.get("mean_ns")),
             Html(
-                f'<i class="meter" style="width:{90 * float(row.get("share") or 0) / largest:.1f}px"></i> {percent(row.get("share"))}'
+                f'<i class="meter" style="width:{90 * float(row.get("share") or 0) / largest:.1f}px"></i> {percent(row.get("share")).replace(" ", chr(160))}'
             ),
         ]
         for row in ordered
@@ -227,7 +228,7 @@ def critical_path(segments: Sequence[Row], limit: int = 12) -> Section:
 
 def absent(title: str, reason: str) -> Section:
     """A section that this trace cannot have, and why."""
-    return Section(title, "", f'<p class="why">{esc(reason)}</p>')
+    return Section(title, "", f'<p class="why">{esc(reason[:1].upper() + reason[1:])}</p>')
 
 
 def _name(name: Any) -> Html:

@@ -9,7 +9,7 @@ const SHADES = [
   [["#0b6bcb", "#0a5fb4", "#1f74c9"], "#ffffff"], [["#23845b", "#1d7550", "#1a6b49"], "#ffffff"],
   [["#b85800", "#ad5200", "#b55a06"], "#ffffff"], [["#8a4fbf", "#7d43b3", "#9159c4"], "#ffffff"],
   [["#5b6776", "#525d6b", "#4d5866"], "#ffffff"], [["#d6e8d0", "#e0eedb", "#cbe1c4"], "#1b2430"],
-  [["#e6dfd3", "#ece7dd", "#dfd6c7"], "#1b2430"],
+  [["#e6dfd3", "#ece7dd", "#dfd6c7"], "#1b2430"], [["#f4cdbf", "#f7d9ce", "#efbfae"], "#1b2430"],
 ];
 const DENSITY = [0.3, 0.5, 0.75, 1];
 
@@ -171,12 +171,12 @@ class Painter {
   // The role that took most of the time among a few of the events i..j.
   heaviest(i, j) {
     const { role, start, end } = this.data;
-    if (j - i === 1) return role[i] & 127;
-    let best = role[i] & 127, most = -1;
+    if (j - i === 1) return role[i] & 63;
+    let best = role[i] & 63, most = -1;
     for (let k = i, step = Math.max(1, (j - i) >> 2); k < j; k += step) {
       if (end[k] - start[k] > most) {
         most = end[k] - start[k];
-        best = role[k] & 127;
+        best = role[k] & 63;
       }
     }
     return best;
@@ -199,7 +199,7 @@ class Painter {
   box(i, x0, x1, y) {
     const c = this.context, { role, name, names, critical } = this.data;
     const from = Math.max(x0, this.gutter - 1), to = Math.min(x1, this.width + 1), wide = to - from;
-    const [shades, ink] = SHADES[role[i] & 127];
+    const [shades, ink] = SHADES[role[i] & 63];
     const dim = this.matched !== null && this.matched[i + 1] === this.matched[i];
     if (dim) c.globalAlpha = 0.16;
     c.fillStyle = shades[name[i] % 3];

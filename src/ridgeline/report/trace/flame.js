@@ -28,7 +28,8 @@ class Flame {
   tell(at) {
     const [, , inclusive, exclusive, count, name] = this.frames[at];
     const share = (100 * inclusive / this.total).toFixed(1);
-    this.note.textContent = `${name}: ${duration(inclusive)} inclusive (${share} %), ${duration(exclusive)} its own, ${count.toLocaleString("en")} calls`;
+    const calls = count ? `, ${duration(exclusive)} its own, ${count.toLocaleString("en")} ${count === 1 ? "call" : "calls"}` : "";
+    this.note.textContent = `${name}: ${duration(inclusive)} inclusive (${share} %)${calls}`;
   }
 
   // Frames under the chosen one fill the width, those above it span it all, others are hidden.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from ridgeline.profiling import classify
 from ridgeline.profiling.nesting import nest
 from ridgeline.profiling.table import Kind, Mask, TraceTable
 from ridgeline.report.trace.lanes import Lane, find_lanes
+from ridgeline.report.trace.path import GAP, Segments, on_path, segment_name, segment_role
 
 MAX_EVENTS = 1_000_000
 """A page with more is slow to open; the shortest events are left out, and the page says so."""
@@ -43,7 +44,10 @@ ROLES = (
     "unknown device work",
     "Python",
     "other",
+    GAP,
 )
+SEGMENT = 64
+"""Bit of the role byte of a segment of the critical path: it is drawn, but is no event of the trace."""
 CRITICAL = 128
 """Bit of the role byte of an event on the critical path."""
 
@@ -63,23 +67,27 @@ class Packed:
 
 @dataclass(frozen=True)
 class _Rank:
-    """One rank's events in page order; arrays are ``[events]``. ``partner`` is a position in this order, or -1."""
+    """One rank's events in page order; arrays are ``[events]``. ``start`` is ns from the origin, ``name`` a code into
+    ``names``, ``partner`` a position in this order or -1."""
 
     label: str
-    origin: int
     lanes: list[Lane]
-    rows: NDArray[np.intp]
+    steps: list[list[Any]]
+    names: Sequence[str]
     lane: NDArray[np.int64]
     depth: NDArray[np.int64]
+    start: NDArray[np.int64]
+    duration: NDArray[np.int64]
+    name: NDArray[np.int64]
     role: NDArray[np.uint8]
     partner: NDArray[np.int64]
 
 
-def pack(tables: Sequence[TraceTable], critical: Sequence[Mapping[str, Any]] = (), limit: int = MAX_EVENTS) -> Packed:
+def pack(tables: Sequence[TraceTable], critical: Segments = (), limit: int = MAX_EVENTS) -> Packed:
     """Pack the events of ``tables`` (at least one, none empty).
 
-    ``critical`` are the critical path's segments: ``start_ns``, ``end_ns``, ``name``, ``row`` (of the table; may be
-    absent), ``rank`` (may be absent for one rank).
+    ``critical`` are the critical path's segments: ``start_ns``, ``end_ns``, ``type``, ``name``, ``row`` (of the table),
+    ``rank``; the last two may be absent.
     """
     total = sum(len(table) for table in tables)
     cut = _shortest_shown(tables, limit)
@@ -89,9 +97,9 @@ def pack(tables: Sequence[TraceTable], critical: Sequence[Mapping[str, Any]] = (
         _arrange(table, rank_label(table, at), origin, cut, _of_rank(critical, rank_of(table, at)))
         for at, (table, origin) in enumerate(zip(tables, origins, strict=True))
     ]
-    codes, names = _names(tables, ranks)
-    header, block = _encode(tables, ranks, codes)
-    shown = sum(int(one.rows.size) for one in ranks)
+    codes, names = _names(ranks)
+    header, block = _encode(ranks, codes)
+    shown = sum(int(((one.role & SEGMENT) == 0).sum()) for one in ranks)
     header |= {"names": names, "roles": list(ROLES), "note": note}
     header["span"] = max(int(t.end.max()) - o for t, o in zip(tables, origins, strict=True))
     zeros = {rank_of(table, at): origin for at, (table, origin) in enumerate(zip(tables, origins, strict=True))}
@@ -109,7 +117,7 @@ def rank_label(table: TraceTable, position: int) -> str:
     return f"rank {rank_of(table, position)}{host}"
 
 
-def _of_rank(critical: Sequence[Mapping[str, Any]], rank: int) -> list[Mapping[str, Any]]:
+def _of_rank(critical: Segments, rank: int) -> list[Mapping[str, Any]]:
     return [one for one in critical if one.get("rank", rank) == rank]
 
 
@@ -131,25 +139,75 @@ def _shortest_shown(tables: Sequence[TraceTable], limit: int) -> int:
     return int(np.partition(spans, spans.size - limit)[spans.size - limit]) + 1
 
 
-def _arrange(table: TraceTable, label: str, origin: int, cut: int, critical: Sequence[Mapping[str, Any]]) -> _Rank:
+def _arrange(table: TraceTable, label: str, origin: int, cut: int, critical: Segments) -> _Rank:
     lanes = find_lanes(table)
-    lane_of, depth = np.full(len(table), -1, np.int64), np.zeros(len(table), np.int64)
-    ranges = table.is_kind(Kind.GPU_ANNOTATION, Kind.SYNC)
-    keep = np.maximum(table.duration, 0) >= cut
-    for mask in (keep & ~ranges, keep & ranges):
-        depth[mask] = nest(table, mask).depth[mask]
-    for at, lane in enumerate(lanes):
-        mine = np.flatnonzero(keep & (table.thread == lane.thread) & (ranges == lane.ranges))
-        lane_of[mine] = at
-        depth[mine] = separate(table.start[mine], table.end[mine], depth[mine])
-    rows = np.flatnonzero(keep)
+    lane_of, depth = _places(table, lanes, np.maximum(table.duration, 0) >= cut)
+    rows = np.flatnonzero(lane_of >= 0)
     rows = rows[np.lexsort((table.start[rows], depth[rows], lane_of[rows]))]
     launched = classify.launches(table)
     place = np.full(len(table) + 1, -1, np.int64)  # the last entry answers for -1
     place[rows] = np.arange(rows.size)
     role = roles(table, launched)
     role[on_path(table, critical)] |= CRITICAL
-    return _Rank(label, origin, lanes, rows, lane_of[rows], depth[rows], role[rows], place[launched[rows]])
+    steps = classify.step_rows(table)
+    rank = _Rank(
+        label=label,
+        lanes=lanes,
+        steps=[
+            [table.names[code], int(low) - origin, int(high) - origin]
+            for code, low, high in zip(table.name[steps], table.start[steps], table.end[steps], strict=True)
+        ],
+        names=table.names,
+        lane=lane_of[rows],
+        depth=depth[rows],
+        start=table.start[rows] - origin,
+        duration=np.maximum(table.duration[rows], 0),
+        name=table.name[rows].astype(np.int64),
+        role=role[rows],
+        partner=place[launched[rows]],
+    )
+    return _with_path(rank, critical, origin)
+
+
+def _places(table: TraceTable, lanes: Sequence[Lane], keep: Mask) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(lane of every event, -1 for those left out; its row in the lane). ``[rows]``"""
+    lane_of, depth = np.full(len(table), -1, np.int64), np.zeros(len(table), np.int64)
+    ranges = table.is_kind(Kind.GPU_ANNOTATION, Kind.SYNC)
+    for mask in (keep & ~ranges, keep & ranges):
+        depth[mask] = nest(table, mask).depth[mask]
+    for at, lane in enumerate(lanes):
+        mine = np.flatnonzero(keep & (table.thread == lane.thread) & (ranges == lane.ranges))
+        lane_of[mine] = at
+        depth[mine] = separate(table.start[mine], table.end[mine], depth[mine])
+    return lane_of, depth
+
+
+def _with_path(rank: _Rank, critical: Segments, origin: int) -> _Rank:
+    """The rank with the critical path's segments as a lane above the others."""
+    timed = sorted((int(one["start_ns"]), int(one["end_ns"]), at) for at, one in enumerate(critical))
+    timed = [one for one in timed if one[1] > one[0] >= origin]
+    if not timed:
+        return rank
+    ordered = [critical[at] for _, _, at in timed]
+    texts = list(dict.fromkeys(map(segment_name, ordered)))
+    codes = {text: len(rank.names) + at for at, text in enumerate(texts)}
+    start, end = (np.array([one[at] for one in timed], np.int64) - origin for at in (0, 1))
+    depth = separate(start, end, np.zeros(start.size, np.int64))
+    order, here = np.argsort(depth, kind="stable"), start.size
+    name = np.array([codes[segment_name(one)] for one in ordered], np.int64)
+    role = np.array([ROLES.index(segment_role(one)) | SEGMENT for one in ordered], np.uint8)
+    return replace(
+        rank,
+        lanes=[Lane("critical path", "lane", -1, False), *rank.lanes],
+        names=[*rank.names, *texts],
+        lane=np.concatenate((np.zeros(here, np.int64), rank.lane + 1)),
+        depth=np.concatenate((depth[order], rank.depth)),
+        start=np.concatenate((start[order], rank.start)),
+        duration=np.concatenate(((end - start)[order], rank.duration)),
+        name=np.concatenate((name[order], rank.name)),
+        role=np.concatenate((role[order], rank.role)),
+        partner=np.concatenate((np.full(here, -1), np.where(rank.partner < 0, -1, rank.partner + here))),
+    )
 
 
 def separate(start: NDArray[np.int64], end: NDArray[np.int64], depth: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -187,58 +245,33 @@ def roles(table: TraceTable, launched: NDArray[np.intp]) -> NDArray[np.uint8]:
     return role
 
 
-def on_path(table: TraceTable, segments: Sequence[Mapping[str, Any]]) -> Mask:
-    """Events that a segment names (by ``row`` where it has one, else by ``name``) and overlaps. ``[rows]``"""
-    out = np.zeros(len(table), np.bool_)
-    exact = [one for one in segments if one.get("row") is not None]
-    rows = np.array([int(one["row"]) for one in exact], np.int64)
-    low = np.array([int(one["start_ns"]) for one in exact], np.int64)
-    high = np.array([int(one["end_ns"]) for one in exact], np.int64)
-    known = (rows >= 0) & (rows < len(table))
-    rows, low, high = rows[known], low[known], high[known]
-    out[rows[(table.start[rows] < high) & (low < table.end[rows])]] = True
-    by_name: dict[str, list[tuple[int, int]]] = {}
-    for one in segments:
-        if one.get("row") is None:
-            by_name.setdefault(str(one.get("name", "")), []).append((int(one["start_ns"]), int(one["end_ns"])))
-    for code in (code for code, name in enumerate(table.names) if name in by_name):
-        named = np.flatnonzero(table.name == code)
-        spans = np.array(sorted(by_name[table.names[code]]), np.int64)
-        at = np.searchsorted(spans[:, 0], table.end[named], side="left") - 1
-        out[named] = (at >= 0) & (spans[np.maximum(at, 0), 1] > table.start[named])
-    return out
-
-
-def _names(tables: Sequence[TraceTable], ranks: Sequence[_Rank]) -> tuple[list[NDArray[np.int64]], list[str]]:
-    """(per table: its name code -> the page's code, the page's names)."""
+def _names(ranks: Sequence[_Rank]) -> tuple[list[NDArray[np.int64]], list[str]]:
+    """(per rank: its name code -> the page's code, the page's names)."""
     seen: dict[str, int] = {}
     codes = []
-    for table, rank in zip(tables, ranks, strict=True):
-        mine = np.zeros(max(len(table.names), 1), np.int64)
-        for code in np.unique(table.name[rank.rows]).tolist():
-            mine[code] = seen.setdefault(table.names[code], len(seen))
+    for rank in ranks:
+        mine = np.zeros(max(len(rank.names), 1), np.int64)
+        for code in np.unique(rank.name).tolist():
+            mine[code] = seen.setdefault(rank.names[code], len(seen))
         codes.append(mine)
     return codes, list(seen)
 
 
-def _encode(
-    tables: Sequence[TraceTable], ranks: Sequence[_Rank], codes: Sequence[NDArray[np.int64]]
-) -> tuple[dict[str, Any], str]:
+def _encode(ranks: Sequence[_Rank], codes: Sequence[NDArray[np.int64]]) -> tuple[dict[str, Any], str]:
     streams: dict[str, list[NDArray[np.int64]]] = {"start": [], "duration": [], "name": [], "partner": []}
-    flags, described = [], []
-    for table, rank, code in zip(tables, ranks, codes, strict=True):
-        start = table.start[rank.rows] - rank.origin
+    described = []
+    for rank, code in zip(ranks, codes, strict=True):
+        start = rank.start
         first = np.concatenate(([True], (np.diff(rank.lane) != 0) | (np.diff(rank.depth) != 0)))[: start.size]
         before = np.concatenate(([0], start[:-1]))[: start.size]
         streams["start"].append(np.where(first, start, start - before))
-        streams["duration"].append(np.maximum(table.duration[rank.rows], 0))
-        streams["name"].append(code[table.name[rank.rows]])
+        streams["duration"].append(rank.duration)
+        streams["name"].append(code[rank.name])
         away = rank.partner - np.arange(start.size)
         streams["partner"].append(np.where(rank.partner < 0, 0, 1 + np.where(away < 0, -2 * away - 1, 2 * away)))
-        flags.append(rank.role)
-        described.append(_describe(table, rank, np.flatnonzero(first)))
+        described.append(_describe(rank, np.flatnonzero(first)))
     parts = {name: varint(np.concatenate(values)) for name, values in streams.items()}
-    parts["role"] = np.concatenate(flags).tobytes()
+    parts["role"] = np.concatenate([rank.role for rank in ranks]).tobytes()
     header = {
         "count": len(parts["role"]),
         "sizes": {name: len(data) for name, data in parts.items()},
@@ -247,21 +280,17 @@ def _encode(
     return header, base64.b64encode(zlib.compress(b"".join(parts.values()), 6)).decode()
 
 
-def _describe(table: TraceTable, rank: _Rank, firsts: NDArray[np.intp]) -> dict[str, Any]:
+def _describe(rank: _Rank, firsts: NDArray[np.intp]) -> dict[str, Any]:
     """A rank's lanes, each with its rows as event counts (an empty row counts 0), and its step markers."""
-    counts = np.diff(np.append(firsts, rank.rows.size))
+    counts = np.diff(np.append(firsts, rank.start.size))
     rows: list[list[int]] = [[] for _ in rank.lanes]
     for at, count in zip(firsts.tolist(), counts.tolist(), strict=True):
         mine, depth = rows[int(rank.lane[at])], int(rank.depth[at])
         mine += [0] * (depth - len(mine)) + [count]
-    steps = classify.step_rows(table)
     return {
         "label": rank.label,
         "lanes": [{"label": one.label, "kind": one.kind, "rows": r} for one, r in zip(rank.lanes, rows, strict=True)],
-        "steps": [
-            [table.names[code], int(low) - rank.origin, int(high) - rank.origin]
-            for code, low, high in zip(table.name[steps], table.start[steps], table.end[steps], strict=True)
-        ],
+        "steps": rank.steps,
     }
 
 

@@ -28,8 +28,12 @@ def roofline(rows: Sequence[Row], ceilings: Mapping[str, Any], limit: int = 12) 
     roofs = source if _roofs(ceilings) else "no ceiling of the device is known, so no roof is drawn"
     lead = f"Each circle is an operator with its input sizes, its area the time it took; {esc(roofs)}."
     if not shown:
-        body = '<p class="why">No operator has counted FLOPs.</p>'
-        return Section("Roofline", lead, body, "roofline")
+        times: dict[str, int] = {}
+        for row in rows:
+            reason = str(row.get("not_counted") or "nothing to count")
+            times[reason] = times.get(reason, 0) + int(row["device_time_ns"])
+        why = max(times, key=lambda reason: times[reason])
+        return Section("Roofline", "", f'<p class="why">No operator has counted FLOPs: {esc(why)}.</p>', "roofline")
     whole, counted = (sum(int(row["device_time_ns"]) for row in some) for some in (rows, shown))
     if counted < whole:
         lead += f" Drawn: {percent(counted / whole)} of the time; the FLOPs of the rest are not known or none."

@@ -250,7 +250,7 @@ class Timeline {
       ["duration", duration(end[i] - start[i]), `${(end[i] - start[i]).toLocaleString("en")} ns`],
       ["start", duration(start[i]), `${start[i].toLocaleString("en")} ns after the start`],
       [lane.kind, lane.label, data.header.ranks[lane.rank].label],
-      ["kind", data.roles[data.role[i] & 127] + (data.role[i] & 128 ? ", on the critical path" : ""), ""],
+      ["kind", data.roles[data.role[i] & 63] + (data.role[i] & 128 ? ", on the critical path" : ""), ""],
     ];
     const other = data.partner[i] >= 0 ? data.partner[i] : data.launches[i];
     if (other >= 0) {
@@ -293,14 +293,14 @@ class Timeline {
     this.instances = { count, sum };
   }
 
-  // Marks every event whose name holds the text, whatever its case; returns how many.
+  // Marks every event whose name holds the text, whatever its case; returns how many. Segments are no events.
   search(text) {
     const { data, painter } = this, wanted = text.trim().toLowerCase();
     if (!wanted) painter.matched = null;
     else {
       const holds = Uint8Array.from(data.names, one => +one.toLowerCase().includes(wanted));
       const marks = new Uint32Array(data.n + 1);
-      for (let i = 0; i < data.n; i++) marks[i + 1] = marks[i] + holds[data.name[i]];
+      for (let i = 0; i < data.n; i++) marks[i + 1] = marks[i] + (data.role[i] & 64 ? 0 : holds[data.name[i]]);
       painter.matched = marks;
     }
     const found = painter.matched ? painter.matched[data.n] : 0;
@@ -335,7 +335,7 @@ function escapeHtml(text) {
 
 function legend(data) {
   const present = new Set();
-  for (let i = 0; i < data.n; i++) present.add(data.role[i] & 127);
+  for (let i = 0; i < data.n; i++) present.add(data.role[i] & 63);
   const chips = [...present].sort((a, b) => a - b).map(one => `<li><i style="background:${SHADES[one][0][0]}"></i>${escapeHtml(data.roles[one])}</li>`);
   if (data.critical[data.n]) chips.push('<li><i class="critical"></i>on the critical path</li>');
   if (data.header.ranks.some(rank => rank.steps.length)) chips.push('<li><i class="step"></i>step</li>');
