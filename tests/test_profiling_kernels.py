@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -162,6 +163,8 @@ def test_what_cannot_be_answered_says_why():
         kernel_breakdown(table_of(CASE), "operators")  # type: ignore[arg-type]
     assert "no timeline" in (why_empty(table_of([call(0, 5, 1)])) or "")
     assert "record_shapes" in (why_empty(table_of([call(0, 5, 1), work("k", 9, 5, 1)]), "shape") or "")
+    whole = table_of(CASE)
+    assert "streamed" in (why_empty(replace(whole, meta=replace(whole.meta, streamed=True)), "shape") or "")
     for by in ("name", "operator", "module", "shape"):
         assert kernel_breakdown(table_of([]), by).is_empty() and why_empty(table_of([]), by)
     assert why_empty(table_of(CPU_STEP)) is None

@@ -13,7 +13,7 @@ operators' own times (without what they call), in the same columns.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ridgeline.errors import UserError, nearest
 from ridgeline.profiling import classify
-from ridgeline.profiling.analyses.launches import why_no_timeline
+from ridgeline.profiling.analyses.launches import texts, why_no_timeline
 from ridgeline.profiling.intervals import Times
 from ridgeline.profiling.nesting import Nesting, nest
 from ridgeline.profiling.ops import op_times
@@ -35,6 +35,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "module": ("module",),
     "shape": ("operator", "input_dims"),
 }
+ROLES = ("compute", "communication", "copy", "set", "unknown")
 NO_OPERATOR, NO_MODULE, MODULE = "(no operator)", "(no module)", "nn.Module: "
 
 COLUMNS: dict[str, dict[str, str]] = {
@@ -55,11 +56,11 @@ COLUMNS: dict[str, dict[str, str]] = {
 
 
 class _Work(NamedTuple):
-    """What is counted: table rows, the time of each, its role, and where it was launched. Arrays are ``[work]``."""
+    """What is counted: table rows, the time of each, its role (a code into ``ROLES``), and where it was launched. Arrays are ``[work]``."""
 
     rows: NDArray[np.intp]
     time: Times
-    role: NDArray[np.object_]
+    role: NDArray[np.int8]
     thread: NDArray[np.int32]
     moment: Times
     launched: Mask
@@ -79,8 +80,8 @@ def kernel_breakdown(table: TraceTable, by: By = "name", window: tuple[int, int]
     keys = dict(zip(KEYS[by], _keys(table, work, by), strict=True))
     frame = pl.DataFrame(
         {
-            **{key: pl.Series(values.tolist(), dtype=pl.String) for key, values in keys.items()},
-            "role": pl.Series(work.role.tolist(), dtype=pl.String),
+            **keys,
+            "role": texts(ROLES, work.role),
             "time": work.time,
         }
     )
@@ -106,14 +107,16 @@ def why_empty(table: TraceTable, by: By = "name") -> str | None:
             return "no device event and no operator in this trace"
     if by == "module" and not _module_rows(table).any():
         return "no module in this trace: capture with with_stack=True and load with stacks=True"
-    if by == "shape" and not (_dims_text(table, np.flatnonzero(table.is_kind(Kind.CPU_OP))) != "").any():
+    if by == "shape" and table.meta.streamed:
+        return "no input shapes: a trace of this size is streamed, and the arguments of operators are not kept"
+    if by == "shape" and not (_dims(table, np.flatnonzero(table.is_kind(Kind.CPU_OP))) != "").any():
         return "no input shapes in this trace: capture with record_shapes=True"
     return None
 
 
 def _nothing() -> _Work:
     none, times = np.empty(0, np.intp), np.empty(0, np.int64)
-    return _Work(none, times, np.empty(0, object), np.empty(0, np.int32), times, np.empty(0, np.bool_))
+    return _Work(none, times, np.empty(0, np.int8), np.empty(0, np.int32), times, np.empty(0, np.bool_))
 
 
 def _work(table: TraceTable, window: tuple[int, int] | None) -> _Work:
@@ -124,7 +127,7 @@ def _work(table: TraceTable, window: tuple[int, int] | None) -> _Work:
     sound = table.end[times.rows] >= table.start[times.rows]
     rows = times.rows[sound]
     collective = table.named(classify.COLLECTIVE_OP.match)[rows]
-    role = np.where(collective, "communication", "compute").astype(object)
+    role = np.where(collective, ROLES.index("communication"), ROLES.index("compute")).astype(np.int8)
     return _Work(rows, times.own[sound], role, table.thread[rows], table.start[rows], np.ones(rows.size, np.bool_))
 
 
@@ -134,27 +137,31 @@ def _device_work(table: TraceTable, low: int, high: int) -> _Work:
     roles = classify.device_roles(table, classify.find_phases(table), launched)
     inside = (table.start >= low) & (table.start < high) & (table.end >= table.start)
     rows = np.flatnonzero(table.device_rows & inside)
-    masks = {
-        "compute": roles.compute | roles.optimizer,
-        "communication": roles.collective,
-        "copy": table.is_kind(Kind.MEMCPY),
-        "set": table.is_kind(Kind.MEMSET),
-    }
-    role = np.select([mask[rows] for mask in masks.values()], list(masks), "unknown").astype(object)
+    masks = (
+        roles.compute | roles.optimizer,
+        roles.collective,
+        table.is_kind(Kind.MEMCPY),
+        table.is_kind(Kind.MEMSET),
+    )
+    role = np.select([mask[rows] for mask in masks], range(len(masks)), len(masks)).astype(np.int8)
     call = np.maximum(launched[rows], 0)
     return _Work(rows, table.duration[rows], role, table.thread[call], table.start[call], launched[rows] >= 0)
 
 
-def _keys(table: TraceTable, work: _Work, by: By) -> list[NDArray[np.object_]]:
-    names = np.array([*table.names, ""], object)
+def _keys(table: TraceTable, work: _Work, by: By) -> list[pl.Series]:
     if by == "name":
-        return [names[table.name[work.rows]]]
+        return [texts(table.names, table.name[work.rows])]
     if by == "module":
-        return [_modules(table, work)]
+        return [_named(table, _modules(table, work), NO_MODULE)]
     owner = _owners(table, work)
-    # -1 picks the last name and the last row: both are replaced.
-    operator = np.where(owner >= 0, names[table.name[owner]] if len(table) else "", NO_OPERATOR).astype(object)
-    return [operator] if by == "operator" else [operator, _dims_text(table, owner)]
+    operator = _named(table, owner, NO_OPERATOR)
+    return [operator] if by == "operator" else [operator, _dims(table, owner)]
+
+
+def _named(table: TraceTable, rows: NDArray[np.intp], missing: str) -> pl.Series:
+    """The names of table rows, ``missing`` for -1."""
+    code = np.where(rows >= 0, table.name[rows], len(table.names)) if len(table) else rows
+    return texts([*table.names, missing], code)
 
 
 def operator_nesting(table: TraceTable) -> Nesting:
@@ -176,33 +183,30 @@ class _Dims(msgspec.Struct):
     old: msgspec.Raw = msgspec.field(name="Input dims", default=msgspec.Raw(b""))
 
 
-def _dims_text(table: TraceTable, owner: NDArray[np.intp]) -> NDArray[np.object_]:
+def _dims(table: TraceTable, owner: NDArray[np.intp]) -> pl.Series:
     """The recorded input shapes of operator rows as compact text, empty for -1 and where there are none. ``[owner]``"""
     rows, inverse = np.unique(owner, return_inverse=True)
     found = table.decode(np.maximum(rows, 0), _Dims) if len(table) else iter(())
-    texts: list[Any] = [
+    labels = [
         bytes(one.new or one.old).translate(None, b" \n\r\t").decode() if one is not None and row >= 0 else ""
         for row, one in zip(rows.tolist(), found, strict=False)
     ]
-    out = np.empty(rows.size, object)
-    out[:] = texts
-    return out[inverse]
+    return texts(labels, inverse.reshape(-1))
 
 
 def _module_rows(table: TraceTable) -> Mask:
     return table.is_kind(Kind.PYTHON) & table.named(lambda name: name.startswith(MODULE))
 
 
-def _modules(table: TraceTable, work: _Work) -> NDArray[np.object_]:
-    """The innermost module at each launch; backward work takes the module of the forward operator it is linked to."""
+def _modules(table: TraceTable, work: _Work) -> NDArray[np.intp]:
+    """The innermost module's row at each launch, or -1; backward work takes that of the forward operator linked to it."""
     modules = nest(table, _module_rows(table))
     found = np.where(work.launched, modules.innermost(work.thread, work.moment), -1)
     missing = np.flatnonzero((found < 0) & work.launched)
     if len(table.links) and missing.size:
         thread, moment = _forward_of(table, work.thread[missing], work.moment[missing])
         found[missing] = modules.innermost(thread, moment)
-    names = np.array([*table.names, ""], object)
-    return np.where(found >= 0, names[table.name[found]] if len(table) else "", NO_MODULE).astype(object)
+    return found
 
 
 def _forward_of(table: TraceTable, thread: NDArray[np.int32], moment: Times) -> tuple[NDArray[np.int32], Times]:

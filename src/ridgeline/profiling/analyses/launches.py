@@ -13,9 +13,12 @@ Calls are found by correlation alone, so Triton's ``cuLaunchKernel``, HIP's call
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from ridgeline.profiling import classify
 from ridgeline.profiling.intervals import Times
@@ -71,6 +74,11 @@ def streams(table: TraceTable) -> tuple[Times, Times]:
     )
 
 
+def texts(labels: Sequence[str], codes: NDArray[np.integer[Any]]) -> pl.Series:
+    """``labels[code]`` of every code. The rows share the labels' bytes: kernel names are long and their rows many."""
+    return pl.Series(list(labels), dtype=pl.String).gather(codes)
+
+
 def why_empty(table: TraceTable) -> str | None:
     """Why there is no launch to speak of, or None when there is one."""
     if not table.has_device_timeline:
@@ -107,17 +115,16 @@ def launch_calls(table: TraceTable, window: tuple[int, int] | None = None) -> pl
     work = np.zeros(calls.size, np.int64)
     np.add.at(work, inverse, table.duration[rows])
     head = rows[first]
-    names = np.array(table.names, dtype=object)
     return pl.DataFrame(
         {
-            "launch": pl.Series(names[table.name[calls]].tolist(), dtype=pl.String),
+            "launch": texts(table.names, table.name[calls]),
             "correlation": table.correlation[calls],
             "start_ns": table.start[calls],
             "call_ns": table.duration[calls],
             "delay_ns": table.start[head] - table.end[calls],
             "device_ns": work,
             "device_events": events.astype(np.int64),
-            "first_event": pl.Series(names[table.name[head]].tolist(), dtype=pl.String),
+            "first_event": texts(table.names, table.name[head]),
         }
     )
 
