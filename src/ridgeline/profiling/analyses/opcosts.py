@@ -18,120 +18,22 @@ memory          elementwise, copies, reductions, norms, softmax, embedding, gath
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import msgspec
+from ridgeline.profiling.analyses.opcall import Call, Cost, OpArguments, Shape
 
-Shape = list[int]
+__all__ = ["Cost", "OpArguments", "cost", "has_formula", "is_matmul"]
 
-_TYPES = {
-    "float": ("float32", 4),
-    "double": ("float64", 8),
-    "c10::Half": ("float16", 2),
-    "c10::BFloat16": ("bfloat16", 2),
-    "c10::Float8_e4m3fn": ("float8_e4m3fn", 1),
-    "c10::Float8_e4m3fnuz": ("float8_e4m3fnuz", 1),
-    "c10::Float8_e5m2": ("float8_e5m2", 1),
-    "c10::Float8_e5m2fnuz": ("float8_e5m2fnuz", 1),
-    "long": ("int64", 8),
-    "long int": ("int64", 8),
-    "int": ("int32", 4),
-    "short": ("int16", 2),
-    "short int": ("int16", 2),
-    "signed char": ("int8", 1),
-    "unsigned char": ("uint8", 1),
-    "bool": ("bool", 1),
-    "c10::complex<float>": ("complex64", 8),
-    "c10::complex<double>": ("complex128", 16),
-}
-
-
-class OpArguments(msgspec.Struct, gc=False):
-    """What the profiler writes of an operator's inputs with ``record_shapes``; one entry per argument."""
-
-    dims: list[Any] = msgspec.field(name="Input Dims", default_factory=list)
-    types: list[Any] = msgspec.field(name="Input type", default_factory=list)
-    strides: list[Any] = msgspec.field(name="Input Strides", default_factory=list)
-    concrete: list[Any] = msgspec.field(name="Concrete Inputs", default_factory=list)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """FLOPs and bytes of one call; ``dtype`` is torch's name of the type it computes in; ``matmul`` its class."""
-
-    flops: int
-    bytes: int
-    dtype: str
-    matmul: bool
-
-
-class _Call:
-    """One call's arguments, checked as they are asked for; ``LookupError``/``ValueError`` = cannot be counted."""
-
-    def __init__(self, arguments: OpArguments) -> None:
-        self.arguments = arguments
-
-    def shape(self, at: int) -> Shape:
-        """Sizes of the tensor in place ``at``."""
-        self.size_of(at)
-        dims = self.arguments.dims[at]
-        if not all(isinstance(one, int) and one >= 0 for one in dims):
-            raise ValueError("not one tensor")
-        return list(dims)
-
-    def size_of(self, at: int) -> int:
-        """Bytes of one element of the tensor in place ``at``."""
-        return _TYPES[self.arguments.types[at]][1]
-
-    def is_tensor(self, at: int) -> bool:
-        """Whether a tensor of a known type stands there."""
-        return at < len(self.arguments.types) and self.arguments.types[at] in _TYPES
-
-    def rank_of(self, at: int) -> tuple[bool, int]:
-        """Order of type promotion: floating types first, then wider ones."""
-        name, size = _TYPES[self.arguments.types[at]]
-        return name.startswith(("float", "bfloat", "complex")), size
-
-    def count(self, at: int) -> int:
-        """Distinct elements of the tensor in place ``at``."""
-        shape = self.shape(at)
-        strides = self.arguments.strides[at] if at < len(self.arguments.strides) else []
-        if len(strides) != len(shape):
-            return prod(shape)
-        return prod(size for size, stride in zip(shape, strides, strict=True) if stride != 0 or size == 0)
-
-    def bytes_of(self, *places: int) -> int:
-        """Bytes of these tensors; places without one count nothing."""
-        return sum(self.count(at) * self.size_of(at) for at in places if self.is_tensor(at))
-
-    def tensors(self) -> list[int]:
-        """Places that hold a tensor."""
-        return [at for at in range(len(self.arguments.types)) if self.is_tensor(at)]
-
-    def value(self, at: int) -> Any:
-        """The concrete (non-tensor) argument: number, bool, list or text."""
-        text = self.arguments.concrete[at]
-        if text in ("True", "False"):
-            return text == "True"
-        return json.loads(text.replace("True", "true").replace("False", "false"))
-
-    def made(self, flops: int, total: int, at: int = 0, matmul: bool = True) -> Cost:
-        """The cost, with the type of the tensor in place ``at``."""
-        return Cost(flops, total, _TYPES[self.arguments.types[at]][0], matmul)
-
-
-_Formula = Callable[[_Call], Cost]
+_Formula = Callable[[Call], Cost]
 
 
 def _matrix(first: int) -> _Formula:
     """``[.., m, k] x [.., k, n]`` whose operands stand at ``first`` and ``first + 1``; before them an addend."""
 
-    def formula(call: _Call) -> Cost:
+    def formula(call: Call) -> Cost:
         a, b = call.shape(first), call.shape(first + 1)
         if len(a) < 2 or len(a) != len(b) or a[-1] != b[-2]:
             raise ValueError("operands do not fit")
@@ -142,13 +44,13 @@ def _matrix(first: int) -> _Formula:
     return formula
 
 
-def _vector(call: _Call) -> Cost:
+def _vector(call: Call) -> Cost:
     """``[m, k] x [k]``."""
     a = call.shape(0)
     return call.made(2 * prod(a), call.bytes_of(0, 1) + a[0] * call.size_of(0))
 
 
-def _linear(call: _Call) -> Cost:
+def _linear(call: Call) -> Cost:
     """``[.., k] x [n, k]`` and an optional bias."""
     x, weight = call.shape(0), call.shape(1)
     if not x or len(weight) != 2 or x[-1] != weight[1]:
@@ -172,7 +74,7 @@ def _spatial(x: Shape, weight: Shape, geometry: tuple[Any, Any, Any], transposed
     return out
 
 
-def _convolution(call: _Call) -> Cost:
+def _convolution(call: Call) -> Cost:
     """aten::convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)."""
     x, weight = call.shape(0), call.shape(1)
     if len(x) != len(weight) or len(x) < 3:
@@ -186,7 +88,7 @@ def _convolution(call: _Call) -> Cost:
     return call.made(2 * x[0] * prod(at_each) * prod(weight), call.bytes_of(0, 1, 2) + written)
 
 
-def _convolution_backward(call: _Call) -> Cost:
+def _convolution_backward(call: Call) -> Cost:
     """aten::convolution_backward(grad, input, weight, bias sizes, stride, padding, dilation, transposed,
     output_padding, groups, output_mask): as many FLOPs as forward for each of the two gradients asked for."""
     grad, x, weight = call.shape(0), call.shape(1), call.shape(2)
@@ -211,7 +113,7 @@ def _attention(first: int, causal_at: int, matmuls: int) -> _Formula:
     """Fused attention on ``[batch, heads, seq, dim]``: ``matmuls`` = 2 forward, 5 backward (which recomputes the
     scores). Query, key and value stand from ``first``; ``causal_at`` is the place of ``is_causal``."""
 
-    def formula(call: _Call) -> Cost:
+    def formula(call: Call) -> Cost:
         q, k, v = (call.shape(first + at) for at in range(3))
         if len(q) != 4 or len(k) != 4 or q[-1] != k[-1]:
             raise ValueError("not [batch, heads, seq, dim]")
@@ -226,7 +128,7 @@ def _attention(first: int, causal_at: int, matmuls: int) -> _Formula:
     return formula
 
 
-def _widest(call: _Call, places: Sequence[int]) -> int:
+def _widest(call: Call, places: Sequence[int]) -> int:
     """Elements of the broadcast of these tensors."""
     shapes = [call.shape(at) for at in places]
     wide = max(len(shape) for shape in shapes)
@@ -234,43 +136,43 @@ def _widest(call: _Call, places: Sequence[int]) -> int:
     return prod(0 if 0 in sizes else max(sizes) for sizes in zip(*aligned, strict=True))
 
 
-def _elementwise(call: _Call) -> Cost:
+def _elementwise(call: Call) -> Cost:
     """One FLOP for each element of the result; every tensor read, the result written."""
     places = call.tensors()
     out, kind = _widest(call, places), max(places, key=call.rank_of)
     return call.made(out, call.bytes_of(*places) + out * call.size_of(kind), kind, matmul=False)
 
 
-def _comparison(call: _Call) -> Cost:
+def _comparison(call: Call) -> Cost:
     """Elementwise with a result of one byte."""
     places = call.tensors()
     out = _widest(call, places)
     return call.made(out, call.bytes_of(*places) + out, matmul=False)
 
 
-def _copy(call: _Call) -> Cost:
+def _copy(call: Call) -> Cost:
     """Source read, destination written: ``copy_(self, source)``."""
     written = prod(call.shape(0)) * call.size_of(0)
     return call.made(0, written + call.bytes_of(1), matmul=False)
 
 
-def _duplicate(call: _Call) -> Cost:
+def _duplicate(call: Call) -> Cost:
     """Read once, written once."""
     return call.made(0, call.bytes_of(0) + prod(call.shape(0)) * call.size_of(0), matmul=False)
 
 
-def _fill(call: _Call) -> Cost:
+def _fill(call: Call) -> Cost:
     """Written only."""
     return call.made(0, prod(call.shape(0)) * call.size_of(0), matmul=False)
 
 
-def _reduction(call: _Call) -> Cost:
+def _reduction(call: Call) -> Cost:
     """One FLOP for each element read; what is written is counted only when the dims are known to be given."""
     shape = call.shape(0)
     return call.made(prod(shape), call.bytes_of(0) + _left_over(call, shape) * call.size_of(0), matmul=False)
 
 
-def _left_over(call: _Call, shape: Shape) -> int:
+def _left_over(call: Call, shape: Shape) -> int:
     """Elements of a reduction's result: all dims reduced unless the second argument names some."""
     try:
         dims = call.value(1)
@@ -286,7 +188,7 @@ def _left_over(call: _Call, shape: Shape) -> int:
 def _streamed(reads: int, flops: int) -> _Formula:
     """Norms and softmax: ``reads`` tensors of the first one's size read (with small parameters), one written."""
 
-    def formula(call: _Call) -> Cost:
+    def formula(call: Call) -> Cost:
         shape = prod(call.shape(0))
         moved = call.bytes_of(*call.tensors()) + shape * call.size_of(0)
         if len([at for at in call.tensors() if prod(call.shape(at)) == shape]) < reads:
@@ -296,19 +198,19 @@ def _streamed(reads: int, flops: int) -> _Formula:
     return formula
 
 
-def _embedding(call: _Call) -> Cost:
+def _embedding(call: Call) -> Cost:
     """Rows of ``weight [v, d]`` that the indices name are read and written."""
     rows = prod(call.shape(1)) * call.shape(0)[-1] * call.size_of(0)
     return call.made(0, 2 * rows + call.bytes_of(1), matmul=False)
 
 
-def _embedding_backward(call: _Call) -> Cost:
+def _embedding_backward(call: Call) -> Cost:
     """Gradient and indices read, the whole table written: ``(grad, indices, number of rows, ..)``."""
     grad = call.shape(0)
     return call.made(prod(grad), call.bytes_of(0, 1) + call.value(2) * grad[-1] * call.size_of(0), matmul=False)
 
 
-def _gather(call: _Call) -> Cost:
+def _gather(call: Call) -> Cost:
     """``gather(self, dim, index)``: as many elements as the index has are read and written."""
     return call.made(0, 2 * prod(call.shape(2)) * call.size_of(0) + call.bytes_of(2), matmul=False)
 
@@ -404,7 +306,7 @@ def cost(name: str, arguments: OpArguments | None) -> Cost | None:
     if formula is None or arguments is None or not arguments.dims:
         return None
     try:
-        return formula(_Call(arguments))
+        return formula(Call(arguments))
     except (LookupError, ValueError, TypeError, ArithmeticError):
         return None
 
