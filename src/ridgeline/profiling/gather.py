@@ -37,7 +37,7 @@ _NARROW = {
     "device": np.int16,
     "stream": np.int16,
     "keep": np.bool_,
-    "kept_bytes": np.int32,
+    "args_bytes": np.int32,
 }
 """What the columns are gathered in; a value that does not fit widens its column."""
 
@@ -73,9 +73,11 @@ def text_codes(codes: Codes, text: Callable[[Any], Any]) -> tuple[NDArray[np.int
 
 
 class KeptArgs(Sequence[Any]):
-    """Raw arguments of some rows of a large table, empty for the others."""
+    """Raw arguments of a table's rows in one buffer: of all rows, or of ``rows`` (sorted) and empty for the others."""
 
-    def __init__(self, count: int, rows: NDArray[np.intp], start: Times, end: Times, text: bytes | bytearray) -> None:
+    def __init__(
+        self, count: int, rows: NDArray[np.intp] | None, start: Times, end: Times, text: bytes | bytearray
+    ) -> None:
         self._count, self._rows, self._start, self._end, self._text = count, rows, start, end, text
 
     def __len__(self) -> int:
@@ -88,16 +90,19 @@ class KeptArgs(Sequence[Any]):
     def __getitem__(self, row: int | slice) -> bytes | list[bytes]:
         if isinstance(row, slice):
             return [self[one] for one in range(*row.indices(self._count))]
-        row = row + self._count if row < 0 else row
-        if not 0 <= row < self._count:
+        at = row + self._count if row < 0 else row
+        if not 0 <= at < self._count:
             raise IndexError(row)
-        at = int(np.searchsorted(self._rows, row))
-        if at == self._rows.size or self._rows[at] != row:
-            return b""
-        return bytes(self._text[self._start[at] : self._end[at]])
+        if self._rows is not None:
+            wanted, at = at, int(np.searchsorted(self._rows, at))
+            if at == self._rows.size or self._rows[at] != wanted:
+                return b""
+        return bytes(memoryview(self._text)[self._start[at] : self._end[at]])
 
     def take(self, order: NDArray[np.intp]) -> KeptArgs:
         """The arguments of rows ``order``, in that order."""
+        if self._rows is None:
+            return KeptArgs(order.size, None, self._start[order], self._end[order], self._text)
         at = np.searchsorted(self._rows, order)
         found = np.flatnonzero(self._rows[np.minimum(at, self._rows.size - 1)] == order) if self._rows.size else at[:0]
         return KeptArgs(order.size, found, self._start[at[found]], self._end[at[found]], self._text)
@@ -126,8 +131,8 @@ class Columns:
         self._counts = np.empty(0, np.int64)
         self._stores = {key: Store(dtype) for key, dtype in _NARROW.items()}
         self._arrows: list[NDArray[np.int64]] = []
-        self._args: list[tuple[list[Any], Mask]] | None = []
-        self._kept_text = bytearray()
+        self.streaming = False
+        self._text = bytearray()
         self._marks: list[Event] = []
         self.labels: dict[str, str] = {}
         self.first_args: dict[int, bytes] = {}
@@ -172,7 +177,7 @@ class Columns:
                 self._label(event)
         if (role == _ARROW).any():
             self._add_arrows(list(compress(events, (role == _ARROW).tolist())))
-        if self._args is not None:
+        if not self.streaming:
             self._marks += compress(events, (role == _MARK).tolist())
 
     def _label(self, event: Event) -> None:
@@ -201,10 +206,9 @@ class Columns:
         self._remember_first(thread, args)
         columns = {"kind": kind, "name": name, "thread": thread, "start": start, "length": length}
         columns |= {"correlation": correlation, "device": device, "stream": stream, "keep": keep}
-        if self._args is None:
-            columns["kept_bytes"] = self._keep(args, keep)
-        else:
-            self._args.append((args, keep))
+        args = list(compress(args, keep.tolist())) if self.streaming else args
+        self._text += b"".join(args)
+        columns["args_bytes"] = np.fromiter(map(len, args), np.int64, len(args))
         for key, column in columns.items():
             self._stores[key].append(column)
 
@@ -230,39 +234,29 @@ class Columns:
         ids = self.ids.of([e.id for e in events])
         self._arrows.append(np.stack((begins, ids, threads, time))[:, good])
 
-    @property
-    def streaming(self) -> bool:
-        """Whether only chosen arguments are kept."""
-        return self._args is None
-
     def stream(self) -> None:
         """From now on keep the arguments of chosen rows only, and no marks; forget what is held beyond that."""
-        if self._args is None:
+        if self.streaming:
             return
-        held, self._args, self._marks = self._args[::-1], None, []
-        while held:
-            self._stores["kept_bytes"].append(self._keep(*held.pop()))
-
-    def _keep(self, args: list[Any], keep: Mask) -> Times:
-        """Store the chosen arguments; their lengths."""
-        chosen = [bytes(one) for one in compress(args, keep.tolist())]
-        self._kept_text += b"".join(chosen)
-        return np.fromiter(map(len, chosen), np.int64, len(chosen))
+        self.streaming, self._marks = True, []
+        keep, size = self._stores["keep"].take(np.bool_), self._stores["args_bytes"].take(np.int64)
+        end = np.cumsum(size)[keep]
+        text, size = memoryview(self._text), size[keep]
+        spans = zip((end - size).tolist(), end.tolist(), strict=True)
+        self._text = bytearray().join([text[low:high] for low, high in spans])
+        self._stores["keep"].append(keep)
+        self._stores["args_bytes"].append(size)
 
     def take(self, key: str, dtype: Any) -> NDArray[Any]:
         """The whole column in the file's order; it is given up here, so that no more than one is ever held twice."""
         return self._stores.pop(key).take(dtype)
 
-    def take_args(self, order: NDArray[np.intp]) -> Sequence[Any]:
+    def take_args(self, order: NDArray[np.intp]) -> KeptArgs:
         """The arguments of rows ``order``, in that order."""
-        keep = self.take("keep", np.bool_)
-        if self._args is not None:
-            flat = [one for part, _ in self._args for one in part]
-            self._args = []
-            return list(map(flat.__getitem__, order.tolist()))
-        end = np.cumsum(self.take("kept_bytes", np.int64))
-        start = np.concatenate((np.zeros(1, np.int64), end[:-1])) if end.size else end
-        return KeptArgs(keep.size, np.flatnonzero(keep), start, end, self._kept_text).take(order)
+        keep, size = self.take("keep", np.bool_), self.take("args_bytes", np.int64)
+        end = np.cumsum(size)
+        rows = np.flatnonzero(keep) if self.streaming else None
+        return KeptArgs(keep.size, rows, end - size, end, self._text).take(order)
 
     def arrows(self) -> NDArray[np.int64]:
         """Flow events as rows (begins, id, thread, ns). ``[4, arrows]``"""

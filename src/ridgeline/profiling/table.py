@@ -168,7 +168,7 @@ class TraceTable:
         """Rows of these kinds. ``[rows]``"""
         out = np.zeros(len(self), np.bool_)
         for kind in kinds:  # np.isin would need many times the memory
-            out |= self.kind == kind
+            out |= self.kind == int(kind)
         return out
 
     def named(self, test: Callable[[str], Any]) -> Mask:
