@@ -74,7 +74,7 @@ class Baseline:
 
     def data_seconds(self, kind: str) -> float:
         """Seconds per step a rank waits for its loader (``wait``), or its processor time of it (``cpu``); the largest."""
-        return max(one["data"][kind] / (len(one["stamps"]) - 1) for one in self.ranks)
+        return float(max(one["data"][kind] / (len(one["stamps"]) - 1) for one in self.ranks))
 
     def seconds_at(self, rank: int) -> dict[str, float]:
         """Seconds per step by ``file:line`` of the user's code, from samples of the untraced steps."""

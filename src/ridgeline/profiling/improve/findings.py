@@ -70,9 +70,8 @@ def of_own_job(breakdown: StepBreakdown, step_seconds: float, config: Mapping[st
         knob, gain = knobs.override(one.knob), one.gain_seconds * scale
         interval = (0.0, gain) if one.at_most else (0.5 * gain, 1.25 * gain)
         advice = knob.permanent if knob else f"{one.knob} (not tried: it is no knob that leaves the training the same)"
-        name = knob.name if knob else one.part
         text = f"{one.part}: {one.how}"
-        found.append(Finding(name, text, gain, interval, one.how, knob, advice, trace=trace))
+        found.append(Finding(one.part, text, gain, interval, one.how, knob, advice, trace=trace))
     return _ranked(found, step_seconds)
 
 
@@ -84,7 +83,7 @@ def _ranked(found: list[Finding], step: float) -> list[Finding]:
 def _loader(base: Baseline) -> Iterator[Finding]:
     """With W workers a batch takes 1/W of its time, and the rest of the step hides it: max(rest, wait / W)."""
     wait, cpu = base.data_seconds("wait"), base.data_seconds("cpu")
-    loaders = [one for one in base.facts["loaders"]]
+    loaders = list(base.facts["loaders"])
     if wait < WORTH_NAMING * base.step_seconds or not loaders:
         return
     loader = _main_loader(base, loaders)
@@ -148,7 +147,7 @@ def _small_operators(base: Baseline) -> Iterator[Finding]:
     seconds = max(compute + host - matmul, 0.0)
     calls = base.calls(lambda name: name not in SYNCHRONISING)
     where = next(iter(calls), "")
-    text = f"{small.count:.0f} operators of {small.mean_seconds * 1e6:.0f} us per step in {', '.join(modules)}"
+    text = f"{small.count:.0f} operators of {small.mean_seconds * 1e6:.1f} us per step in {', '.join(modules)}"
     how = f"{seconds:.4f} s of host overhead and of operators that are no matrix products: fusion leaves a part of it"
     interval = (0.25 * seconds, 0.95 * seconds)
     knob = knobs.compiled()

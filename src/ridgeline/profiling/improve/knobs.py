@@ -33,7 +33,7 @@ class Knob:
     inject: dict[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     variables: dict[str, str] = field(default_factory=dict)
-    burst: int = 0
+    burst: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

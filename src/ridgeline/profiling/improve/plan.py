@@ -118,15 +118,22 @@ def improve(
         folder = run.path / "artifacts" / "trials"
         job: Job = OwnJob(target[0], target[1:], folder, plan) if own else UserJob(target, folder, plan)
         say(f"baseline of {job.name}, with a profile")
-        base = job.run((), plan, profile=True)
+        base = _baseline(job)
         findings = own_findings(job, base) if isinstance(job, OwnJob) else of_user_job(Baseline(base))
         chosen = _chosen(findings, knob, top, own)
-        rows = _try_all(job, findings if knob is None else chosen, chosen, rounds, say)
+        rows = _try_all(job, base.step_seconds, findings if knob is None else chosen, chosen, rounds, say)
         answer = Improvement(run, base.step_seconds, rows)
         run.save_json("improve.json", answer.to_dict())
         kept = [row.finding.knob.name for row in answer.kept if row.finding.knob]
         run.summarize(step_seconds=base.step_seconds, speedup=answer.speedup, kept=kept, findings=len(rows))
     return answer
+
+
+def _baseline(job: Job) -> Trial:
+    try:
+        return job.run((), job.plan, profile=True)
+    except JobError as error:
+        raise JobError(f"{job.name}, unchanged: {error}") from None
 
 
 def own_findings(job: OwnJob, base: Trial) -> list[Finding]:
@@ -162,7 +169,7 @@ def _chosen(findings: list[Finding], knob: str | None, top: int, own: bool) -> l
     return [Finding(knob, text, 0.0, (0.0, 0.0), "nothing is predicted", blind, blind.permanent)]
 
 
-def _try_all(job: Job, findings: list[Finding], chosen: list[Finding], rounds: int, say: Say) -> list[Row]:
+def _try_all(job: Job, step: float, findings: list[Finding], chosen: list[Finding], rounds: int, say: Say) -> list[Row]:
     rows, kept = [], []  # type: list[Row], list[Knob]
     for finding in findings:
         if finding.knob is None:
@@ -172,18 +179,19 @@ def _try_all(job: Job, findings: list[Finding], chosen: list[Finding], rounds: i
         elif any(set(finding.knob.inject) & set(one.inject) == {"compile"} for one in kept):
             rows.append(Row(finding, tried=False, kept=False, why="the model is compiled by a knob kept before"))
         else:
-            rows.append(prove(job, finding, kept, rounds, say))
+            rows.append(prove(job, step, finding, kept, rounds, say))
             if rows[-1].kept:
                 kept.append(finding.knob)
     return rows
 
 
-def prove(job: Job, finding: Finding, kept: Sequence[Knob], rounds: int, say: Say) -> Row:
-    """Interleaved runs with and without the finding's knob, on top of ``kept``; kept only when faster and the same."""
+def prove(job: Job, step: float, finding: Finding, kept: Sequence[Knob], rounds: int, say: Say) -> Row:
+    """Interleaved runs with and without the finding's knob, on top of ``kept``; kept only when faster and the same.
+    ``step`` is the baseline's seconds."""
     knob = finding.knob
     assert knob is not None
     sides: dict[str, list[Trial]] = {"A": [], "B": []}
-    places, plan = order(rounds), fitting(job.plan, [*kept, knob])
+    places, plan = order(rounds), fitting(job.plan, [*kept, knob], step)
     for at, side in enumerate(places, 1):
         what = "unchanged" if side == "A" else knob.setting
         say(f"{knob.name}: run {at} of {len(places)}, {what}")
@@ -200,16 +208,18 @@ def prove(job: Job, finding: Finding, kept: Sequence[Knob], rounds: int, say: Sa
         why = f"no gain beyond the noise floor of {gain.floor_seconds:.4f} s"
         return Row(finding, True, False, why, gain, result)
     if knob.result == "precision":
-        result = _against_seeds(job, sides, knob, kept, say)
+        result = _against_seeds(job, sides, knob, kept, plan, say)
         if not result.same:
             return Row(finding, True, False, f"changed the result: {result.why}", gain, result)
     return Row(finding, True, True, result.why, gain, result)
 
 
-def _against_seeds(job: Job, sides: dict[str, list[Trial]], knob: Knob, kept: Sequence[Knob], say: Say) -> SameResult:
+def _against_seeds(
+    job: Job, sides: dict[str, list[Trial]], knob: Knob, kept: Sequence[Knob], plan: Plan, say: Say
+) -> SameResult:
     say(f"{knob.name}: unchanged under another seed")
     try:
-        other = job.run(list(kept), fitting(job.plan, [*kept, knob]), seed_offset=1)
+        other = job.run(list(kept), plan, seed_offset=1)
     except JobError as error:
         return SameResult(False, 0.0, 0.0, f"the run under another seed {error}")
     return compare_losses([one.losses for one in sides["A"]], sides["B"][0].losses, knob, other.losses)

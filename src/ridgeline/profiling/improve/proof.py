@@ -3,8 +3,8 @@
 Each run is a process of its own, in the order A B B A, so that a machine that drifts treats both alike. One run gives
 one number, its mean seconds per step; the floor is what runs of the *same* setting differ by::
 
-    A  10.2      10.6      floor = spread 0.4 (doubled while a side has fewer than three runs)
-    B       5.1  5.3       gain  = 10.4 - 5.2 = 5.2 > 0.8: proven
+    A  10.2            10.6      spread 0.4; floor = three times it while a side has two runs = 1.2
+    B       5.1   5.3            gain = 10.4 - 5.2 = 5.2 > 1.2: proven
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ridgeline.runs.stats import compare_samples
 
 WORTH_KEEPING = 0.02
 """A gain below this share of the step is not kept, however quiet the machine."""
-ENOUGH = 4
+ENOUGH = 6
 """Runs per side from which the project's bootstrap verdict is used instead of the plain spread."""
 
 
@@ -51,16 +51,17 @@ def order(rounds: int) -> str:
 def judge(a: Sequence[float], b: Sequence[float]) -> Gain:
     """B's gain over A from one number per run, interleaved, at least two a side.
 
-    Below :data:`ENOUGH` runs a side: proven when the gain exceeds the larger spread (max - min) of a side, twice that
-    with two runs. From there on also the bootstrap interval of the ratio must exclude 1. Always beyond 2 % of A.
+    The floor is the larger spread (max - min) of a side's runs: three times it with two runs, half of it from
+    :data:`ENOUGH` runs on, where the bootstrap interval of the ratio must exclude 1 too. It is never below 2 % of A.
+    Of runs that differ by normal noise alone, at most about one session in fifty is called a gain.
     """
-    before, after = median(a), median(b)
+    before, after, runs = median(a), median(b), min(len(a), len(b))
     spread = max(max(side) - min(side) for side in (a, b))
-    floor = max(spread * (2 if min(len(a), len(b)) < 3 else 1), WORTH_KEEPING * before)
+    floor = max(spread * (3 if runs < 3 else 1 if runs < ENOUGH else 0.5), WORTH_KEEPING * before)
     proven = before - after > floor
-    if min(len(a), len(b)) >= ENOUGH:
+    if runs >= ENOUGH:
         compared = compare_samples(a, b)
-        floor = max(compared.floor, WORTH_KEEPING) * before
+        floor = max(floor, compared.floor * before)
         proven = compared.verdict == "lower" and before - after > floor
     return Gain(before, after, floor, proven)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -21,6 +23,7 @@ from ridgeline.profiling.improve.knobs import Knob, merged
 INJECTION = Path(__file__).parent / "injection"
 OBSERVED_STEPS = 5
 """Steps a baseline needs after the timed ones: one thrown away, three traced, one for call sites."""
+WINDOW_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,24 @@ class Trial:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is. ``timeout`` in seconds."""
+    """How long a run is. ``timeout`` in seconds; ``burst`` steps are timed as one."""
 
     warmup: int = 5
     timed: int = 20
     timeout: float = 600.0
+    burst: int = 1
 
 
-def fitting(plan: Plan, knobs: Iterable[Knob]) -> Plan:
-    """The plan for runs that are compared under these knobs: with W workers, W batches arrive at once and 2 W wait."""
-    burst = max((knob.burst for knob in knobs), default=0)
-    if not burst:
-        return plan
-    return replace(plan, warmup=plan.warmup + 2 * burst, timed=burst * max(2, math.ceil(plan.timed / burst)))
+def fitting(plan: Plan, knobs: Iterable[Knob], step_seconds: float) -> Plan:
+    """The plan for runs that are compared under these knobs.
+
+    Short steps are taken more often, up to ten times, to fill :data:`WINDOW_SECONDS`. With W workers, W batches arrive
+    at once and 2 W wait: the latter are used up before the clock starts, and time is taken over multiples of W.
+    """
+    burst = max((knob.burst for knob in knobs), default=1)
+    timed = max(plan.timed, min(math.ceil(WINDOW_SECONDS / step_seconds), 10 * plan.timed))
+    warmup = plan.warmup + (2 * burst if burst > 1 else 0)
+    return replace(plan, warmup=warmup, timed=burst * max(2, math.ceil(timed / burst)), burst=burst)
 
 
 class Job(Protocol):
@@ -98,7 +106,7 @@ class UserJob:
         ranks = _ranks(folder)
         self._check(folder, ranks, code, plan, profile)
         _acted(ranks, merged(knobs))
-        return _trial(ranks, folder / "traces" if profile else None)
+        return _trial(ranks, plan, folder / "traces" if profile else None)
 
     def _environment(self, folder: Path, knobs: Sequence[Knob]) -> dict[str, str]:
         variables = {name: value for knob in knobs for name, value in knob.variables.items()}
@@ -108,7 +116,9 @@ class UserJob:
     def _check(self, folder: Path, ranks: list[dict[str, Any]], code: int, plan: Plan, profile: bool) -> None:
         """Results of every rank, or one line that says what is missing. Their presence decides, not the exit code: gloo
         now and then aborts in its destructors after all is done."""
-        if ranks and len(ranks) >= ranks[0]["world"] and all(one["complete"] for one in ranks):
+        least = min((one["steps"] for one in ranks), default=0)
+        needed = plan.warmup + plan.timed + OBSERVED_STEPS if profile else plan.warmup + self.plan.timed
+        if ranks and len(ranks) >= ranks[0]["world"] and least >= needed and (not profile or ranks[0]["complete"]):
             return
         if code != 0:
             raise JobError(f"failed: {process.last_words(folder / 'log.txt')}")
@@ -116,8 +126,6 @@ class UserJob:
             raise JobError("no process of the job imported torch under our hooks (a Python started with -I or -E?)")
         if not ranks:
             raise JobError("the job ended without an optimiser step (torch.optim)")
-        needed = plan.warmup + plan.timed + (OBSERVED_STEPS if profile else 0)
-        least = min(one["steps"] for one in ranks)
         if least < needed:
             raise JobError(f"too few steps: the job took {least}, {needed} are needed (--steps, --warmup)")
         raise JobError(f"results of {len(ranks)} of {ranks[0]['world']} ranks")
@@ -134,14 +142,23 @@ def _acted(ranks: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
             raise JobError(f"the knob found nothing to act on ({section})")
 
 
-def _trial(ranks: list[dict[str, Any]], traces: Path | None) -> Trial:
+def _trial(ranks: list[dict[str, Any]], plan: Plan, traces: Path | None) -> Trial:
     """The slowest rank's time; losses summed over passes and ranks."""
-    seconds = max((one["stamps"][-1] - one["stamps"][0]) / (len(one["stamps"]) - 1) for one in ranks)
+    seconds = max(step_seconds(one["stamps"], plan.burst, one["facts"]["cuda"]) for one in ranks)
     steps = min(len(one["losses"]) for one in ranks)
     losses = [sum(sum(one["losses"][step]) for one in ranks) for step in range(steps)]
     passes = [sum(one["passes"][step] for one in ranks) for step in range(steps)]
     peak = max(one["peak_memory_bytes"] for one in ranks)
     return Trial(seconds, losses, passes, [one["orders"] for one in ranks], ranks, traces, peak)
+
+
+def step_seconds(stamps: Sequence[float], burst: int = 1, asynchronous: bool = False) -> float:
+    """Seconds per step from the ends of steps: the median over groups of ``burst`` steps, which one hiccup of the
+    machine does not move; the mean where the device runs behind the host, which is synchronised at both ends only."""
+    ends = stamps[::burst]
+    if asynchronous or len(ends) < 3:
+        return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+    return statistics.median(b - a for a, b in itertools.pairwise(ends)) / burst
 
 
 class OwnJob:
@@ -182,7 +199,7 @@ def _own_trial(rows: list[dict[str, Any]], plan: Plan, traces: Path | None) -> T
         raise JobError(f"too few steps: none of {len(timed)} was steady (compiling, or non-finite)")
     losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
     peak = max(int(row.get("memory_bytes") or 0) for row in rows)
-    return Trial(sum(steady) / len(steady), losses, traces=traces, peak_memory_bytes=peak)
+    return Trial(statistics.median(steady), losses, traces=traces, peak_memory_bytes=peak)
 
 
 def _own_environment(knobs: Sequence[Knob]) -> dict[str, str]:

@@ -55,7 +55,7 @@ def _threads(knobs: dict[str, Any], recorder: Recorder) -> None:
         recorder.applied.add("pin")
     if knobs.get("threads"):
         torch.set_num_threads(knobs["threads"])
-        torch.set_num_threads = lambda count: None  # the script's own choice gives way to the trial's
+        torch.set_num_threads = lambda nthreads: None  # the script's own choice gives way to the trial's
         recorder.applied.add("threads")
 
 
@@ -128,7 +128,7 @@ def _describe_loader(loader: Any, iterable: bool, frame: Any) -> dict[str, Any]:
 
 def _iterators(recorder: Recorder) -> None:
     """Time the step waits for its batch, processor time of the wait, and the order of the samples."""
-    iterator = torch.utils.data.dataloader._BaseDataLoaderIter
+    iterator: Any = torch.utils.data.dataloader._BaseDataLoaderIter
     advance, draw, numbers = iterator.__next__, iterator._next_index, itertools.count()
 
     @functools.wraps(advance)
@@ -148,8 +148,8 @@ def _iterators(recorder: Recorder) -> None:
         recorder.order(self._ridgeline_number, indices)
         return indices
 
-    iterator.__next__ = __next__  # type: ignore[method-assign]
-    iterator._next_index = _next_index  # type: ignore[method-assign]
+    iterator.__next__ = __next__
+    iterator._next_index = _next_index
 
 
 def _optimizers(change: dict[str, Any], recorder: Recorder) -> None:
@@ -163,10 +163,11 @@ def _optimizers(change: dict[str, Any], recorder: Recorder) -> None:
     torch.optim.Optimizer.__init__ = noted  # type: ignore[method-assign]
     if not change:
         return
-    for kind in vars(torch.optim).values():
-        wanted = inspect.signature(kind.__init__).parameters if isinstance(kind, type) else {}
-        if set(change) <= set(wanted):
-            kind.__init__ = _changed_optimizer(kind.__init__, change, recorder)
+    kinds: list[Any] = list(vars(torch.optim).values())
+    for kind in kinds:
+        made = vars(kind).get("__init__") if isinstance(kind, type) else None
+        if made is not None and set(change) <= set(inspect.signature(made).parameters):
+            kind.__init__ = _changed_optimizer(made, change, recorder)
 
 
 def _changed_optimizer(original: Any, change: dict[str, Any], recorder: Recorder) -> Any:
@@ -258,7 +259,7 @@ def change_modules(modules: list[torch.nn.Module], knobs: dict[str, Any], record
     """Compile and autocast in place: names of parameters and the objects the script holds stay what they are."""
     if "autocast" in knobs:
         for module in modules:
-            module.forward = _in_autocast(module, getattr(torch, knobs["autocast"]))  # type: ignore[method-assign]
+            module.forward = _in_autocast(module, getattr(torch, knobs["autocast"]))
             recorder.applied.add("autocast")
     if "compile" in knobs:
         if recorder.facts["compiled"]:

@@ -87,7 +87,10 @@ class CallSites(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
         if name not in ("__get__", "__set__"):
-            self.counts[place(sys._getframe(1)), name] += 1
+            caller = sys._getframe(1)
+            if _origin(caller.f_code.co_filename) == 0:  # torch's own code, which the user cannot edit
+                name = f"torch:{name}"
+            self.counts[place(caller), name] += 1
         return func(*args, **(kwargs or {}))
 
     def table(self, limit: int = 200) -> list[list[Any]]:
@@ -110,7 +113,7 @@ class Capture:
             on_trace_ready=self._write,
             record_shapes=True,
         )
-        block = {"rank": rank, "world": world, "wait": 0, "warmup": 1, "active": active}
+        block: dict[str, Any] = {"rank": rank, "world": world, "wait": 0, "warmup": 1, "active": active}
         block["untraced_step_seconds"] = [round(one, 9) for one in untraced]
         self._profiler.preset_metadata_json("ridgeline", json.dumps(block))
         self._profiler.start()

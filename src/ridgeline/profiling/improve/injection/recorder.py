@@ -12,6 +12,7 @@ called on, kept on their device and read only at the end.
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import resource
@@ -50,7 +51,7 @@ class Recorder:
         self._orders: dict[int, list[int]] = {}
         self._sampler: observe.Sampler | None = None
         self._capture: observe.Capture | None = None
-        self._sites: observe.CallSites | None = None
+        self._sites: Any = None
         self._done = False
         atexit.register(self._at_exit)
 
@@ -85,8 +86,8 @@ class Recorder:
             self.facts["optimizers"].append(describe(optimizer))
         if optimizer is not self._marker or os.getpid() != self.pid:
             return
-        if self._done:
-            self._leave()
+        if self._done:  # the script swallowed SystemExit and goes on
+            os._exit(0)
         self.steps += 1
         self._losses.append(self._micro)
         self._passes.append(self._passes_now)
@@ -120,7 +121,7 @@ class Recorder:
         assert self._sampler is not None
         self._sampler.stop()
         folder = os.path.join(self.spec["folder"], "traces")
-        untraced = [b - a for a, b in zip(self._stamps, self._stamps[1:])]
+        untraced = [b - a for a, b in itertools.pairwise(self._stamps)]
         self._capture = observe.Capture(folder, rank(), world(), untraced)
 
     def _observe(self) -> None:
@@ -141,9 +142,6 @@ class Recorder:
         self._write(complete=True)
         observe.wait_for(self.spec["folder"], world(), GRACE_SECONDS)
         threading.Thread(target=_end_after, args=(GRACE_SECONDS,), daemon=True).start()
-        self._leave()
-
-    def _leave(self) -> None:
         raise SystemExit(0)
 
     def _at_exit(self) -> None:
@@ -201,25 +199,28 @@ def describe(optimizer: Any) -> dict[str, Any]:
 
 def rank() -> int:
     """This process's rank, of torch.distributed or of the launcher's environment."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return int(torch.distributed.get_rank())
+    group: Any = torch.distributed
+    if group.is_available() and group.is_initialized():
+        return int(group.get_rank())
     return int(os.environ.get("RANK", "0"))
 
 
 def world() -> int:
     """How many processes train."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return int(torch.distributed.get_world_size())
+    group: Any = torch.distributed
+    if group.is_available() and group.is_initialized():
+        return int(group.get_world_size())
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def synchronize() -> None:
     """Work in flight belongs to the steps that issued it."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    cuda: Any = torch.cuda
+    if cuda.is_available() and cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def _end_after(seconds: float) -> None:
-    """The script swallowed SystemExit, or hangs while it ends."""
+    """The script swallowed SystemExit and makes no further step, or hangs while it ends."""
     time.sleep(seconds)
     os._exit(0)

@@ -35,7 +35,7 @@ def _start() -> None:
     module.start()
 
 
+sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != _HERE]
+_run_shadowed()
 if "RIDGELINE_IMPROVE_SPEC" in os.environ:
-    sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != _HERE]
-    _run_shadowed()
     _start()

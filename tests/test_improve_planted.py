@@ -1,0 +1,163 @@
+"""Planted bottlenecks in jobs that nobody edits: each is found at its line, fixed where a knob exists, and proven."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ridgeline.errors import JobError
+from ridgeline.profiling.improve import Improvement, Plan, Row, improve
+from ridgeline.runs import Run
+
+PLANTED = Path(__file__).parent / "planted"
+PLAN = Plan(warmup=3, timed=10, timeout=100.0)
+PYTHON = sys.executable
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the findings do not depend on the machine's cores."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def improved(script: str, runs: Path, *arguments: str, top: int = 1, knob: str | None = None) -> Improvement:
+    """``ridgeline improve -- python SCRIPT ARGUMENTS`` with one round."""
+    command = [PYTHON, str(PLANTED / script), *arguments]
+    return improve(command, plan=PLAN, rounds=1, top=top, knob=knob, runs_root=runs)
+
+
+def row_of(answer: Improvement, name: str) -> Row:
+    """The row of the finding of this name."""
+    (row,) = [row for row in answer.rows if row.finding.name == name]
+    return row
+
+
+def planted_line(script: str, mark: str = "the planted line") -> str:
+    """``file:line`` of the line that says it is the planted one."""
+    lines = (PLANTED / script).read_text().splitlines()
+    return f"{PLANTED / script}:{next(at for at, line in enumerate(lines, 1) if mark in line)}"
+
+
+def test_a_slow_loader_through_the_command_line(tmp_path: Path) -> None:
+    """Items sleep 8 ms, four in a batch: found at the sleep, fixed by workers, the step at least halved; a run is left."""
+    command = [PYTHON, "-m", "ridgeline", "improve", "--steps", "10", "--warmup", "3", "--rounds", "1", "--json"]
+    command += ["--", PYTHON, str(PLANTED / "slow_loader.py"), "--an-option-of-the-script"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert shown.returncode == 0, shown.stderr
+    document = json.loads(shown.stdout)
+    first = document["findings"][0]
+    assert first["name"] == "loader" and first["evidence"]["where"] == planted_line("slow_loader.py")
+    assert (
+        Path(first["evidence"]["trace"]).name == "rank0.json.gz" and (tmp_path / first["evidence"]["trace"]).is_file()
+    )
+    assert first["kept"] and first["losses"]["difference"] == 0.0
+    low, high = first["predicted_seconds"]
+    assert 0.010 < low < high < first["seconds_per_step"] < document["step_seconds"]
+    assert first["gain"]["gain_seconds"] > 0.5 * first["gain"]["before_seconds"] > first["gain"]["floor_seconds"]
+    assert document["speedup"] > 2 and "num_workers=" in document["permanent"][0]
+    run = Run.open(document["run"], tmp_path / "runs")
+    assert (run.kind, run.info["status"], run.summary["kept"]) == ("improve", "done", ["workers"])
+    assert run.load_json("improve.json") == document
+    assert "workers: run 4 of 4" in shown.stderr
+
+
+def test_a_gain_that_changes_the_result_is_refused(tmp_path: Path) -> None:
+    """Random items drawn by workers are other items: the loader is as slow, and still nothing is kept."""
+    answer = improved("slow_loader.py", tmp_path, "--random")
+    row = row_of(answer, "loader")
+    assert not row.kept and row.why.startswith("changed the result: losses differ by")
+    assert answer.kept == [] and answer.speedup == 1.0
+
+
+def test_items_computed_in_python(tmp_path: Path) -> None:
+    """Found as preprocessing in one of its lines; two workers prove a gain where the machine has a core to give."""
+    row = row_of(improved("python_items.py", tmp_path), "loader")
+    assert "preprocessing each item in Python" in row.finding.text
+    file, _, line = row.finding.where.rpartition(":")
+    assert file.endswith("python_items.py") and 14 <= int(line) <= 20
+    assert row.tried and row.gain is not None
+    assert row.kept == (row.gain.gain_seconds > row.gain.floor_seconds)
+    if not row.kept and not _second_core_is_free():
+        pytest.skip("found and tried; this machine has no free second core now, so there is no gain to prove")
+    assert row.kept
+
+
+def _second_core_is_free() -> bool:
+    """Whether two busy processes take hardly longer than one."""
+    code = "sum(i * i for i in range(6_000_000))"
+    seconds = []
+    for count in (1, 2):
+        began = time.perf_counter()
+        for process in [subprocess.Popen([PYTHON, "-c", code]) for _ in range(count)]:
+            process.wait()
+        seconds.append(time.perf_counter() - began)
+    return seconds[1] < 1.3 * seconds[0]
+
+
+def test_item_in_every_step(tmp_path: Path) -> None:
+    """4,096 calls on one line; no knob from outside can remove them, so the line is named and nothing is tried."""
+    row = row_of(improved("item_each_step.py", tmp_path, top=0), "synchronisation")
+    assert row.finding.where == planted_line("item_each_step.py") and "4096 calls of .item()" in row.finding.text
+    assert row.finding.knob is None and not row.tried
+    low, high = row.finding.predicted
+    assert 0 < low < high and row.finding.seconds > 0.3 * 0.001  # at least 0.1 us a call
+
+
+def test_tiny_kernels_in_the_optimizer(tmp_path: Path) -> None:
+    """300 tensors, one by one: found at the optimiser, halved by the fused kernel, losses within 1e-4."""
+    answer = improved("many_tensors.py", tmp_path, knob="fused")
+    row = row_of(answer, "optimizer")
+    assert row.finding.where == planted_line("many_tensors.py") and "300 tensors, not fused" in row.finding.text
+    assert row.kept and answer.speedup > 1.5
+    assert row.result is not None and row.result.difference < 1e-4
+
+
+@pytest.mark.slow
+def test_tiny_kernels_in_the_model(tmp_path: Path) -> None:
+    """Hundreds of operators below a microsecond: found at their line, compiled in place, the step halved."""
+    answer = improved("tiny_kernels.py", tmp_path, knob="compile")
+    row = row_of(answer, "small operators")
+    assert row.finding.where == planted_line("tiny_kernels.py") and "Chain" in row.finding.text
+    assert row.kept and answer.speedup > 1.5
+
+
+def test_a_straggling_rank_under_torchrun(tmp_path: Path) -> None:
+    """Rank 1 sleeps 20 ms a step: rank 1 is named with the line, and about 20 ms."""
+    launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    answer = improve([*launcher, str(PLANTED / "straggler.py")], plan=PLAN, top=0, runs_root=tmp_path)
+    row = row_of(answer, "straggler")
+    assert row.finding.rank == 1 and row.finding.where == planted_line("straggler.py")
+    assert 0.010 < row.finding.seconds < 0.030 and row.finding.knob is None
+    assert row.finding.trace.endswith("rank1.json.gz")
+
+
+def test_a_knob_that_does_nothing_is_not_kept(tmp_path: Path) -> None:
+    """TF32 means nothing to a CPU: A against A. The script swallows SystemExit, and its process ends all the same."""
+    answer = improved("nothing.py", tmp_path, knob="tf32")
+    (row,) = answer.rows
+    assert row.tried and not row.kept and "no gain beyond the noise floor" in row.why
+    assert answer.kept == [] and answer.speedup == 1.0
+
+
+def test_jobs_that_cannot_be_improved_say_why_in_one_line(tmp_path: Path) -> None:
+    """No torch, no optimiser step, too few steps, a failure, a hang."""
+    planted = str(PLANTED / "nothing.py")
+    for command, message in {
+        (PYTHON, "-c", "pass"): "no process of the job imported torch",
+        (PYTHON, "-c", "import torch"): "ended without an optimiser step",
+        (PYTHON, planted, "7"): r"too few steps: the job took 7, 18 are needed",
+        (PYTHON, "-c", "raise ValueError('bad data')"): "failed: ValueError: bad data",
+    }.items():
+        with pytest.raises(JobError, match=message) as error:
+            improve(command, plan=PLAN, runs_root=tmp_path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(JobError, match="still running after 1 s"):
+        improve([PYTHON, "-c", "import time; time.sleep(60)"], plan=Plan(timeout=1.0), runs_root=tmp_path)
+    assert all(Run.open(folder).info["status"] == "failed" for folder in tmp_path.iterdir())
+    assert "RIDGELINE_IMPROVE_SPEC" not in os.environ
