@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ridgeline.cli.common import JSON_OPTION, console, emit, new_app, verb
-from ridgeline.cli.frames import frame_table
+from ridgeline.cli.frames import print_frame
+from ridgeline.errors import UserError
 
 if TYPE_CHECKING:
     import polars as pl
 
+    from ridgeline.profiling.table import TraceTable
     from ridgeline.profiling.trace import Trace
 
 app = new_app("Analyse a PyTorch trace: a file, a folder of ranks, a glob, or a merged file.")
@@ -39,10 +41,7 @@ def summary(path: str = PATH, step: int = STEP, as_json: bool = JSON_OPTION) -> 
     print_rows(
         document["ranks"], f"Where the time went, {'step ' + str(step) if step is not None else 'whole capture'}"
     )
-    if document["stragglers"]:
-        print_rows(document["stragglers"], "Ranks that made others wait")
-    elif len(trace.tables) > 1:
-        console().print("no straggler")
+    print_stragglers(trace, step)
     print_findings(document["findings"], 5)
 
 
@@ -62,6 +61,207 @@ def explain(path: str = PATH, step: int = STEP, top: int = TOP, as_json: bool = 
         return
     print_integrity(integrity)
     print_findings(findings, top)
+
+
+@app.command()
+@verb
+def kernels(
+    path: str = PATH,
+    by: str = typer.Option("name", "--by", help="name, operator, module or shape."),
+    step: int = STEP,
+    rank: int = RANK,
+    top: int = TOP,
+    roles: Path = typer.Option(None, "--roles", help="TOML or JSON of name patterns to roles: shows the evidence."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Device work by name, operator, module or shape: count, sum, shortest, mean, longest, share."""
+    from ridgeline.profiling.analyses.kernels import why_empty
+
+    trace = load(path, stacks=by == "module").only(rank)
+    if roles is not None:
+        show(trace.classify_kernels(str(roles), step), "Roles of kernels", top, as_json)
+        return
+    why = why_empty(_first(trace), by)  # type: ignore[arg-type]
+    show(trace.kernel_breakdown(by, step), f"Device work by {by}", top, as_json, why)
+
+
+@app.command()
+@verb
+def launches(path: str = PATH, step: int = STEP, rank: int = RANK, as_json: bool = JSON_OPTION) -> None:
+    """Launch calls: their time, the delay to the device, and what is short, slow or late."""
+    from ridgeline.profiling.analyses.launches import why_empty
+
+    trace = load(path).only(rank)
+    columns = [
+        "rank",
+        "launch",
+        "calls",
+        "device_events",
+        "call_mean_ns",
+        "call_max_ns",
+        "delay_median_ns",
+        "delay_max_ns",
+    ]
+    columns += ["device_sum_ns", "short_calls", "slow_calls", "delayed_calls"]
+    show(trace.launch_statistics(step), "Launches", 100, as_json, why_empty(_first(trace)), columns)
+
+
+@app.command()
+@verb
+def comm(path: str = PATH, step: int = STEP, top: int = TOP, as_json: bool = JSON_OPTION) -> None:
+    """Collectives with bytes and bandwidths, what of them was exposed, and who made whom wait."""
+    from ridgeline.profiling.analyses.collectives import why_no_collectives
+
+    trace = load(path)
+    found, overlap, late = trace.collectives(step), trace.communication_overlap(step), trace.stragglers(step)
+    if as_json:
+        emit({"collectives": found.to_dicts(), "overlap": overlap.to_dicts(), "stragglers": late.to_dicts()})
+        return
+    out = console()
+    if found.is_empty():
+        out.print(why_no_collectives(_first(trace)) or "no collective in this window")
+        return
+    names = ["rank", "name", "group", "bytes", "duration_ns", "exposed_ns", "bus_bytes_per_second", "operator"]
+    print_frame(found.sort("exposed_ns", descending=True), "Collectives, the most exposed first", names, top)
+    print_frame(overlap, "Communication and what hides it")
+    print_stragglers(trace, step)
+
+
+@app.command()
+@verb
+def idle(path: str = PATH, step: int = STEP, rank: int = RANK, top: int = TOP, as_json: bool = JSON_OPTION) -> None:
+    """Idle time by cause, per stream and device, and the longest gaps."""
+    from ridgeline.profiling.analyses.idle import why_empty
+
+    trace = load(path).only(rank)
+    causes, gaps = trace.idle_by_cause(step), trace.idle_gaps(top, step)
+    if as_json:
+        emit({"causes": causes.to_dicts(), "gaps": gaps.to_dicts()})
+        return
+    show(
+        causes.filter(causes["idle_ns"] > 0), "Idle time by cause", 100, False, why_empty(_first(trace)) or "never idle"
+    )
+    show(since_start(trace, gaps), "The longest gaps, times since the capture's start", top, False, "no gap")
+
+
+@app.command("critical-path")
+@verb
+def critical_path(
+    path: str = PATH,
+    step: int = STEP,
+    rank: int = RANK,
+    top: int = TOP,
+    across: bool = typer.Option(False, "--across", help="One path over all ranks, through the rank that came last."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """What set the time: the chain of events from the end back to the start, by kind and by name."""
+    from ridgeline.profiling.analyses.critical_path import critical_path_summary
+
+    trace = load(path).only(rank)
+    if across and step is not None:
+        raise UserError("critical-path --across follows the whole capture: leave out --step")
+    found = trace.critical_path_across() if across else trace.critical_path(step)
+    if as_json:
+        emit({"segments": found.to_dicts()})
+        return
+    for by in ("type", "name", *(["rank"] if across else [])):
+        show(critical_path_summary(found, by), f"Critical path by {by}", top, False, "nothing to follow")
+
+
+@app.command()
+@verb
+def tree(path: str = PATH, step: int = STEP, rank: int = RANK, top: int = TOP, as_json: bool = JSON_OPTION) -> None:
+    """Call paths (modules, operators, Python) with own and inclusive time on host and device."""
+    import polars as pl
+
+    from ridgeline.profiling.analyses.calltree import why_empty
+
+    trace = load(path, stacks=True).only(rank)
+    found = trace.call_tree(step)
+    if as_json:
+        show(found, "", top, True, why_empty(_first(trace)))
+        return
+    largest = found.filter(found["inclusive_ns"].rank("ordinal", descending=True) <= top)
+    names = [f"{'  ' * row['depth']}{row['name']}" for row in largest.iter_rows(named=True)]
+    columns = [
+        "rank",
+        "name",
+        "count",
+        "inclusive_ns",
+        "exclusive_ns",
+        "device_inclusive_ns",
+        "backward_device_ns",
+        "where",
+    ]
+    largest = largest.with_columns(name=pl.Series(names, dtype=pl.String))
+    show(largest, f"Call tree: its {top} largest paths", top, False, why_empty(_first(trace)), columns)
+
+
+@app.command()
+@verb
+def sequences(
+    path: str = PATH, step: int = STEP, rank: int = RANK, top: int = TOP, as_json: bool = JSON_OPTION
+) -> None:
+    """Runs of kernels that come again and again: candidates for fusion."""
+    from ridgeline.profiling.analyses.sequences import why_empty
+
+    trace = load(path).only(rank)
+    show(trace.frequent_sequences(step, top=top), "Frequent sequences", top, as_json, why_empty(_first(trace)))
+
+
+@app.command()
+@verb
+def roofline(
+    path: str = PATH,
+    step: int = STEP,
+    rank: int = RANK,
+    top: int = TOP,
+    here: bool = typer.Option(False, "--here", help="The trace was taken on this machine: use its measured ceilings."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """FLOPs, bytes and rates per operator; against the ceilings with --here."""
+    from ridgeline.profiling.analyses.roofline import why_empty
+
+    trace = load(path).only(rank)
+    limits = None
+    if here:
+        from ridgeline.hardware import ceilings
+
+        limits = ceilings().to_dict()
+    found = trace.roofline(limits, step).sort("device_time_ns", descending=True)
+    names = ["rank", "operator", "dtype", "count", "device_time_ns", "flops_per_second", "bytes_per_second"]
+    names += ["intensity_flops_per_byte", "bound", "share_of_ceiling", "lost_ns", "not_counted"]
+    show(found, "Roofline, the longest first", top, as_json, why_empty(_first(trace)), names)
+
+
+@app.command()
+@verb
+def memory(path: str = PATH, top: int = TOP, as_json: bool = JSON_OPTION) -> None:
+    """The peak and what it is made of: a trace with memory events, or a CUDA memory snapshot (.pickle)."""
+    if path.endswith((".pickle", ".pkl")):
+        _snapshot(path, top, as_json)
+        return
+    from ridgeline.profiling.analyses.memory import why_empty
+
+    trace = load(path)
+    show(trace.memory_peak(), "What the peak is made of", top, as_json, why_empty(_first(trace)))
+
+
+@app.command()
+@verb
+def whatif(
+    path: str = PATH,
+    change: list[str] = typer.Option([], "--change", help="no-launch-gap, free-communication, kernel:REGEX=0.5, ..."),
+    step: int = STEP,
+    rank: int = RANK,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """The time predicted with a change, from a replay of the dependency graph [default: every change without a name]."""
+    from ridgeline.profiling.analyses.whatif import CHANGES
+
+    trace = load(path).only(rank)
+    asked = change or [name for name in CHANGES if ":" not in name]
+    show(trace.what_if(asked, step), "What if", 100, as_json, "no event to replay")
 
 
 def load(path: str, stacks: bool = False) -> Trace:
@@ -92,6 +292,45 @@ def located(path: str) -> str:
     return str(Run.open(path).path / "artifacts" / TRACES)
 
 
+def since_start(trace: Trace, frame: pl.DataFrame) -> pl.DataFrame:
+    """Moments of a rank's clock as time since its first event, for people."""
+    import polars as pl
+
+    begun = {rank: int(table.start.min()) for rank, table in trace.tables.items()}
+    moments = [name for name in ("start_ns", "end_ns", "time_ns") if name in frame.columns]
+    zero = pl.col("rank").replace_strict(begun, return_dtype=pl.Int64)
+    return frame.with_columns([pl.col(name) - zero for name in moments])
+
+
+def _first(trace: Trace) -> TraceTable:
+    return next(iter(trace.tables.values()))
+
+
+def _snapshot(path: str, top: int, as_json: bool) -> None:
+    """A memory snapshot: its peak by place, and the out-of-memory in it, if there is one."""
+    from ridgeline.profiling.analyses.oom import explain_oom
+    from ridgeline.profiling.analyses.snapshot import read_snapshot, snapshot_peak
+
+    found = read_snapshot(path)
+    peak, report = snapshot_peak(found), explain_oom(found)
+    if as_json:
+        emit({"peak": peak.to_dicts(), "out_of_memory": report.to_dict() if report else None})
+        return
+    show(peak, "What the peak is made of", top, False, "the snapshot holds no allocation")
+    for sentence in report.sentences if report else ():
+        console().print(f"- {sentence}", soft_wrap=True)
+
+
+def print_stragglers(trace: Trace, step: int | None) -> None:
+    """Who made others wait, or that nobody did, or why nobody can say."""
+    found = trace.straggler_verdict(step)
+    if not found.frame.is_empty():
+        columns = ["rank", "caused_wait_ns", "count", "matched", "per_step_ns", "op", "operator", "evidence"]
+        print_frame(found.frame, "Ranks that made others wait", columns)
+    if len(trace.tables) > 1 or not found.possible:
+        console().print(found.verdict, soft_wrap=True)
+
+
 def print_integrity(defects: Sequence[dict[str, Any]]) -> None:
     """The head of every report."""
     out = console()
@@ -107,7 +346,7 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
     """Plain rows as a table."""
     import polars as pl
 
-    console().print(frame_table(pl.DataFrame(rows, infer_schema_length=None), title))
+    print_frame(pl.DataFrame(rows, infer_schema_length=None), title)
 
 
 def print_findings(findings: Sequence[dict[str, Any]], top: int) -> None:
@@ -125,11 +364,18 @@ def print_findings(findings: Sequence[dict[str, Any]], top: int) -> None:
         out.print(f"   {one['evidence']}", style="dim", soft_wrap=True)
 
 
-def show(frame: pl.DataFrame, title: str, top: int, as_json: bool, why: str | None = None) -> None:
+def show(
+    frame: pl.DataFrame,
+    title: str,
+    top: int,
+    as_json: bool,
+    why: str | None = None,
+    columns: Sequence[str] | None = None,
+) -> None:
     """A frame as a table or as rows; an empty one with the reason."""
     if as_json:
         emit({"rows": frame.to_dicts(), "why_empty": why if frame.is_empty() else None})
     elif frame.is_empty():
         console().print(why or "nothing to show")
     else:
-        console().print(frame_table(frame, title, top=top))
+        print_frame(frame, title, columns, top)

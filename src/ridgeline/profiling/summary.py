@@ -38,7 +38,7 @@ def summarize(trace: Trace, step: int | None = None) -> dict[str, Any]:
     return {
         "integrity": [one.to_dict() for one in lacking],
         "ranks": rank_rows(trace, step),
-        "stragglers": late.select("rank", "caused_wait_ns", "op").to_dicts(),
+        "stragglers": late.select("rank", "caused_wait_ns", "op", "operator").to_dicts(),
         "findings": [one.to_dict() for one in explain(trace, lacking, step=step)],
     }
 

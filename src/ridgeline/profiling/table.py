@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple, TypeVar
 
@@ -202,6 +202,13 @@ class TraceTable:
         kept = (column[rows] for column in columns)
         launch = (self.correlation[rows], self.device[rows], self.stream[rows])
         return TraceTable(self.meta, self.names, self.threads, *kept, args, *launch, links=self.links, marks=self.marks)
+
+    def rows_of(self, chosen: Mask) -> TraceTable:
+        """The table of these rows alone; names, threads, links and marks stay. ``[rows]``"""
+        at = np.flatnonzero(chosen)
+        columns = ("kind", "name", "thread", "start", "end", "correlation", "device", "stream")
+        args = [self.args[row] for row in at.tolist()]
+        return replace(self, args=args, **{name: getattr(self, name)[at] for name in columns})
 
     def decode(self, rows: NDArray[np.intp], shape: type[_Shape]) -> Iterator[_Shape | None]:
         """Arguments of these rows as ``shape`` (a msgspec Struct of the fields wanted, all with defaults); None where a

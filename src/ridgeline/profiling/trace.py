@@ -97,6 +97,16 @@ class Trace:
 
         return None if step is None else step_window(self.tables[rank], step)
 
+    def stepped(self, step: int | None) -> Trace:
+        """Only the events that start in a profiler step, for analyses that match events across ranks."""
+        if step is None:
+            return self
+        tables = {}
+        for rank, table in self.tables.items():
+            low, high = self.window(rank, step) or (0, 0)
+            tables[rank] = table.rows_of((table.start >= low) & (table.start < high))
+        return Trace(tables, self.source)
+
     def per_rank(self, analysis: Callable[..., pl.DataFrame], *args: Any, **options: Any) -> pl.DataFrame:
         """``analysis(table, ...)`` of every rank, below each other, with the rank in front."""
         frames = [
@@ -166,6 +176,20 @@ class Trace:
     def communication_overlap(self, step: int | None = None) -> pl.DataFrame:
         """Communication and how much of it compute hides; null where there is none."""
         return self.windowed(_of("collectives").communication_overlap, step)
+
+    def stragglers(self, step: int | None = None, threshold_ns: int | None = None) -> pl.DataFrame:
+        """Ranks that made others wait at collectives, the dearest first; empty when there is none."""
+        frame: pl.DataFrame = _of("ranks").stragglers(dict(self.stepped(step).tables), threshold_ns)
+        return frame
+
+    def straggler_verdict(self, step: int | None = None, threshold_ns: int | None = None) -> Any:
+        """The same with its threshold and a sentence, also when nothing can be said."""
+        return _of("ranks").find_stragglers(dict(self.stepped(step).tables), threshold_ns)
+
+    def wait_matrix(self, step: int | None = None) -> pl.DataFrame:
+        """Who made whom wait, at which collective, and what the late rank ran meanwhile."""
+        frame: pl.DataFrame = _of("ranks").wait_matrix(dict(self.stepped(step).tables))
+        return frame
 
     def call_tree(self, step: int | None = None) -> pl.DataFrame:
         """Every call path with its own and inclusive time on the host and the device."""
