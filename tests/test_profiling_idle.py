@@ -32,7 +32,7 @@ def causes(table, stream=None, **limits):
     frame = idle_by_cause(table, **limits)
     assert frame.columns == list(COLUMNS["idle_by_cause"])
     for _, one in frame.group_by("device", "stream"):
-        assert one["cause"].to_list() == list(CAUSES)
+        assert one["cause"].to_list() == list(CAUSES) and (one["drained_ns"] <= one["idle_ns"]).all()
         assert one["idle_ns"].sum() + one["busy_ns"][0] == one["span_ns"][0]
         assert one["share"].sum() == pytest.approx(1 - one["busy_ns"][0] / max(one["span_ns"][0], 1))
     here = pl.col("stream").is_null() if stream is None else pl.col("stream") == stream
@@ -77,6 +77,16 @@ def test_a_late_host_by_what_it_did():
     assert worst["start_ns"].item() == 1_000 and worst["idle_ns"].item() == 9_000
     assert worst.select("cause", "cause_ns", "next_event").rows() == [("python", 2_500, "second")]
     assert (worst["operator"].item(), worst["next_operator"].item()) == ("(no operator)", "(no operator)")
+
+
+def test_a_gap_that_a_synchronising_call_made():
+    """The host waits for the first kernel, so nothing is queued behind it: the whole gap is that wait's price."""
+    table = gap(row("cudaStreamSynchronize", "cuda_runtime", 600, 900))
+    assert causes(table) == {"synchronization": 500, "python": 7_500, "launch_overhead": 1_000}
+    frame = idle_by_cause(table).filter(pl.col("stream").is_null())
+    assert (frame["drained_ns"] == frame["idle_ns"]).all() and idle_gaps(table)["drained"].to_list() == [True]
+    for other in (gap(), gap(row("cudaStreamSynchronize", "cuda_runtime", 600, 900, (1, 5)))):
+        assert idle_by_cause(other)["drained_ns"].sum() == 0 and idle_gaps(other)["drained"].to_list() == [False]
 
 
 def test_work_launched_in_time_waits_for_something_else():

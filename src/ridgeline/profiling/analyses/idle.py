@@ -32,6 +32,7 @@ from ridgeline.profiling.intervals import (
     Intervals,
     Times,
     clip,
+    contains,
     covered,
     disjoint,
     empty,
@@ -61,6 +62,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         "cause": f"class: one of {', '.join(CAUSES)}",
         "idle_ns": "ns: idle time with this cause; over the causes it sums to span_ns - busy_ns",
         "gaps": "count: gaps with a part of this cause",
+        "drained_ns": "ns: of idle_ns, what lies in gaps that began while the launching thread was in a synchronising "
+        "call: it had let the queue run dry; 0 on a CPU trace",
         "share": "fraction: idle_ns of span_ns",
         "busy_ns": "ns: union of the stream's (device's) events; on a CPU trace span_ns less the idle time",
         "span_ns": "ns: first event's start to last event's end, within the window; on a CPU trace the steps",
@@ -71,6 +74,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "idle_ns": "ns: its length",
         "cause": "class: the cause with the largest part of it",
         "cause_ns": "ns: that part",
+        "drained": "yes/no: the gap began while the launching thread was in a synchronising call",
         "operator": "name: innermost operator or range that the launching thread had open at the middle of the gap",
         "next_event": "name: the device event (on a CPU trace: the operator) that ended it",
         "next_operator": "name: innermost operator around the launch of next_event",
@@ -80,7 +84,8 @@ COLUMNS: dict[str, dict[str, str]] = {
 
 class _Gaps(NamedTuple):
     """Gaps of one stream or device. ``parts`` is ``[causes, gaps]`` ns in the order of ``CAUSES``; ``next`` the row that
-    ends each gap and ``thread`` the host thread that should have filled it, -1 where unknown."""
+    ends each gap and ``thread`` the host thread that should have filled it, -1 where unknown; ``drained``: that thread
+    was in a synchronising call when the gap began."""
 
     device: int | None
     stream: int | None
@@ -89,6 +94,7 @@ class _Gaps(NamedTuple):
     parts: Times
     next: NDArray[np.intp]
     thread: NDArray[np.int32]
+    drained: Mask
     span_ns: int
 
 
@@ -123,6 +129,7 @@ def idle_by_cause(
                     "cause": cause,
                     "idle_ns": own,
                     "gaps": int((gaps.parts[at] > 0).sum()),
+                    "drained_ns": int(gaps.parts[at][gaps.drained].sum()),
                     "share": own / max(gaps.span_ns, 1),
                     "busy_ns": gaps.span_ns - idle,
                     "span_ns": gaps.span_ns,
@@ -144,7 +151,8 @@ def idle_gaps(
     found = _all_gaps(table, window, launch_latency_ns, idle_gap_ns)
     wanted = [gaps for gaps in found if gaps.device is None or (gaps.stream is not None) == by_stream]
     parts = [_gap_frame(table, gaps, top) for gaps in wanted]
-    types = {"cause": pl.String, "operator": pl.String, "next_event": pl.String, "next_operator": pl.String}
+    types = {"cause": pl.String, "drained": pl.Boolean, "operator": pl.String}
+    types |= {"next_event": pl.String, "next_operator": pl.String}
     nothing = pl.DataFrame(schema={one: types.get(one, pl.Int64) for one in COLUMNS["idle_gaps"]})
     frame = pl.concat([nothing, *parts])
     return frame.sort(["idle_ns", "start_ns", "device", "stream"], descending=[True, False, False, False]).head(top)
@@ -166,6 +174,7 @@ def _gap_frame(table: TraceTable, gaps: _Gaps, top: int) -> pl.DataFrame:
             "idle_ns": length[pick],
             "cause": pl.Series([CAUSES[at] for at in main.tolist()], dtype=pl.String),
             "cause_ns": gaps.parts[main, pick],
+            "drained": gaps.drained[pick],
             "operator": pl.Series(_around(table, gaps.thread[pick], middle), dtype=pl.String),
             "next_event": pl.Series(known, dtype=pl.String),
             "next_operator": pl.Series(
@@ -204,7 +213,8 @@ def _all_gaps(
             begin, end, before, after = _holes(table, np.flatnonzero(rows), low, high)
             parts, thread = _split(table, host, launched, (begin, end, before, after), launch_latency_ns)
             busy = clip(table.intervals(rows), low, high)
-            out.append(_Gaps(one, two, begin, end, parts, after, thread, int(busy.end[-1] - busy.start[0])))
+            span, drained = int(busy.end[-1] - busy.start[0]), host.blocked_at(thread, begin)
+            out.append(_Gaps(one, two, begin, end, parts, after, thread, drained, span))
     return out
 
 
@@ -237,9 +247,19 @@ class _Host:
 
     def causes(self, thread: int) -> list[Intervals]:
         """Disjoint sets for the causes of ``HOST_LATE`` but the last, which is what they leave."""
-        here = self.table.thread == thread
-        blocked = merge(self.table.intervals(self.blocking & here), self.waits)
-        return disjoint(self.data, self.garbage, blocked, self.table.intervals(self.at_work & here))
+        work = self.table.intervals(self.at_work & (self.table.thread == thread))
+        return disjoint(self.data, self.garbage, self._blocked(thread), work)
+
+    def _blocked(self, thread: int) -> Intervals:
+        return merge(self.table.intervals(self.blocking & (self.table.thread == thread)), self.waits)
+
+    def blocked_at(self, thread: NDArray[np.int32], moment: Times) -> Mask:
+        """Whether ``thread[i]`` was in a synchronising call at ``moment[i]``. ``[moments]``"""
+        out = np.zeros(moment.size, np.bool_)
+        for one in np.unique(thread[thread >= 0]).tolist():
+            here = thread == one
+            out[here] = contains(self._blocked(one), moment[here])
+        return out
 
 
 def garbage_rows(table: TraceTable) -> Mask:
@@ -302,7 +322,8 @@ def _host_gaps(table: TraceTable, low: int, high: int, idle_gap_ns: int) -> list
     rows = np.flatnonzero(work)
     after = np.append(rows, -1)[np.searchsorted(table.start[rows], idle.end)]
     thread = np.where(after >= 0, table.thread[after], -1).astype(np.int32)
-    return [_Gaps(None, None, idle.start, idle.end, stacked, after, thread, total(span))]
+    drained = np.zeros(idle.start.size, np.bool_)
+    return [_Gaps(None, None, idle.start, idle.end, stacked, after, thread, drained, total(span))]
 
 
 def _compiled(table: TraceTable) -> Mask:
