@@ -59,7 +59,7 @@ def write_trace_report(
                   intensity_flops_per_byte, share_of_ceiling, bound],
                   "ceilings": {gemm_flops_per_second: by dtype, read_bytes_per_second, source}}
     memory        {"timeline": [rank, device, time_ns, and <category>_bytes for each category],
-                  "peak": [rank, category, operator, where, count, bytes, share]}
+                  "peak": [rank, device, category, operator, where, count, bytes, share]}
     ============= =====================================================================================================
 
     The rows may hold more keys; an analysis' frame as dicts (``frame.to_dicts()``) serves for summary, idle, kernels,
@@ -107,11 +107,11 @@ def _build(name: str, sections: Mapping[str, Any], packed: Packed) -> Section | 
         "findings": lambda rows: blocks.findings(rows, packed.origins),
         "summary": lambda rows: blocks.breakdown(rows, sections.get("idle")),
         "critical_path": blocks.critical_path,
-        "kernels": blocks.kernels,
+        "kernels": lambda rows: blocks.kernels(rows, "Kernels" if packed.on_device else "Operators"),
         "communication": blocks.communication,
         "calltree": _calltree,
         "roofline": lambda found: plots.roofline(found["operators"], found.get("ceilings") or {}),
-        "memory": lambda found: plots.memory(found["timeline"], found.get("peak") or ()),
+        "memory": lambda found: plots.memory(found["timeline"], found.get("peak") or (), packed.origins),
     }
     return build[name](given)
 

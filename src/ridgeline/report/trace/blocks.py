@@ -156,8 +156,8 @@ def _idle(rows: Sequence[Row]) -> str:
     return f'<div class="bars">{bars}</div>{_legend(colours)}'
 
 
-def kernels(rows: Sequence[Row], limit: int = 15) -> Section:
-    """The kernels (or operators) that took the time, by name."""
+def kernels(rows: Sequence[Row], title: str, limit: int = 15) -> Section:
+    """What took the time, by name: kernels, or on a CPU trace operators, as ``title`` says."""
     ordered = sorted(rows, key=lambda row: -int(row.get("sum_ns") or 0))[:limit]
     largest = max((float(row.get("share") or 0) for row in ordered), default=0) or 1.0
     ranked = len({row.get("rank") for row in rows}) > 1
@@ -179,7 +179,7 @@ def kernels(rows: Sequence[Row], limit: int = 15) -> Section:
     shift = int(ranked)
     body = f'<div class="scroll">{table(head, cells, numeric=[2 + shift, 3 + shift, 4 + shift])}</div>'
     lead = f"The {len(ordered)} largest of {number(len(rows))} names, by time."
-    return Section("Kernels", lead, body, "kernels")
+    return Section(title, lead, body, "kernels")
 
 
 def communication(rows: Sequence[Row]) -> Section:
@@ -221,7 +221,7 @@ def critical_path(segments: Sequence[Row], limit: int = 12) -> Section:
     cells = [
         [_name(name), kind, number(count), _time(ns), percent(ns / whole)] for (name, kind), (ns, count) in largest
     ]
-    lead = f"The longest chain of dependent work, {_time(whole)}; marked red in the timeline."
+    lead = f"The longest chain of dependent work, {_time(whole)}; a lane of its own in the timeline, and red under its events."
     head = ["on the path", "why the time passed", "times", "total", "share"]
     return Section("Critical path", lead, f'<div class="scroll">{table(head, cells, [2, 3, 4])}</div>', "critical-path")
 

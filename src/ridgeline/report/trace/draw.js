@@ -188,11 +188,12 @@ class Painter {
     c.globalAlpha = bar.dim ? 0.12 : DENSITY[bar.level];
     c.fillStyle = SHADES[bar.shade][0][0];
     c.fillRect(bar.from, y, bar.to - bar.from, ROW - 2);
-    c.globalAlpha = 1;
     if (bar.mark) {
+      c.globalAlpha = bar.dim ? 0.16 : 1;
       c.fillStyle = "#c4314b";
       c.fillRect(bar.from, y + ROW - 4, bar.to - bar.from, 3);
     }
+    c.globalAlpha = 1;
     return null;
   }
 
@@ -204,11 +205,11 @@ class Painter {
     if (dim) c.globalAlpha = 0.16;
     c.fillStyle = shades[name[i] % 3];
     c.fillRect(from, y, wide > 3 ? wide - 0.75 : wide, ROW - 2);
-    if (dim) c.globalAlpha = 1;
     if (critical[i + 1] > critical[i]) {
       c.fillStyle = "#c4314b";
       c.fillRect(from, y + ROW - 4, wide, 3);
     }
+    c.globalAlpha = 1;
     if (wide > 26) {
       c.fillStyle = dim ? "#8a94a0" : ink;
       const full = names[name[i]], room = wide - 7;

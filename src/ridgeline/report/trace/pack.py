@@ -64,6 +64,11 @@ class Packed:
     total: int
     cut_ns: int
 
+    @property
+    def on_device(self) -> bool:
+        """Whether any lane is a device's."""
+        return any(lane["kind"] == "stream" for rank in self.header["ranks"] for lane in rank["lanes"])
+
 
 @dataclass(frozen=True)
 class _Rank:

@@ -14,7 +14,7 @@ from ridgeline.report.page import Html, Section, esc, number, percent, seconds, 
 Row = Mapping[str, Any]
 BOUND = {"compute": "#0b6bcb", "memory": "#b85800"}
 CATEGORIES = ("#0b6bcb", "#23845b", "#8a4fbf", "#e0954a", "#c9a227", "#c4314b", "#8a94a0")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1180, 420, 84, 20, 18, 46
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1180, 420, 112, 20, 18, 46
 
 
 def roofline(rows: Sequence[Row], ceilings: Mapping[str, Any], limit: int = 12) -> Section:
@@ -24,8 +24,8 @@ def roofline(rows: Sequence[Row], ceilings: Mapping[str, Any], limit: int = 12) 
     """
     good = [row for row in rows if (row["intensity_flops_per_byte"] or 0) > 0 and (row["flops_per_second"] or 0) > 0]
     shown = sorted(good, key=lambda row: -int(row["device_time_ns"]))
-    source = str(ceilings.get("source") or "the lines are this device's ceilings")
-    roofs = source if _roofs(ceilings) else "no ceiling of the device is known, so no roof is drawn"
+    source = str(ceilings.get("source") or "this device's ceilings")
+    roofs = f"roofs: {source}" if _roofs(ceilings) else "no ceiling of the device is known, so no roof is drawn"
     lead = f"Each circle is an operator with its input sizes, its area the time it took; {esc(roofs)}."
     if not shown:
         times: dict[str, int] = {}
@@ -37,10 +37,12 @@ def roofline(rows: Sequence[Row], ceilings: Mapping[str, Any], limit: int = 12) 
     whole, counted = (sum(int(row["device_time_ns"]) for row in some) for some in (rows, shown))
     if counted < whole:
         lead += f" Drawn: {percent(counted / whole)} of the time; the FLOPs of the rest are not known or none."
-    head = ["#", "operator", "inputs", "dtype", "time", "FLOPs", "FLOP/byte", "achieved", "of its ceiling", "bound"]
-    cells = [[at, *_operator(row)] for at, row in enumerate(shown[:limit], 1)]
+    ranked = len({row.get("rank") for row in rows}) > 1
+    head = ["operator", "inputs", "dtype", "time", "FLOPs", "FLOP/byte", "achieved", "of its ceiling", "bound"]
+    head = ["#", *(["rank"] if ranked else []), *head]
+    cells = [[at, *([row["rank"]] if ranked else []), *_operator(row)] for at, row in enumerate(shown[:limit], 1)]
     body = _roof_svg(shown, ceilings, limit)
-    body += f'<div class="scroll">{table(head, cells, numeric=[0, 4, 5, 6, 7, 8])}</div>'
+    body += f'<div class="scroll">{table(head, cells, numeric=[0, *range(4 + ranked, 9 + ranked)])}</div>'
     return Section("Roofline", lead, body, "roofline")
 
 
@@ -85,16 +87,14 @@ def _roof_svg(rows: Sequence[Row], ceilings: Mapping[str, Any], limit: int) -> s
     across = _Log([row["intensity_flops_per_byte"] for row in rows] + ridges, LEFT, WIDTH - RIGHT)
     rates = [row["flops_per_second"] for row in rows]
     up = _Log(rates + list(roofs.values()), HEIGHT - BOTTOM, TOP)
-    parts = [_axes(across, up), *(_roof(name, rate, speed, across, up) for name, rate in roofs.items())]
+    parts = [_axes(across, up)]
+    for at, (name, rate) in enumerate(sorted(roofs.items(), key=_second)):
+        parts.append(_roof(name, rate, speed, across, up, above=at == len(roofs) - 1))
     longest = max(int(row["device_time_ns"]) for row in rows) or 1
-    for at in reversed(range(len(rows))):
-        x, y = across(rows[at]["intensity_flops_per_byte"]), up(rows[at]["flops_per_second"])
-        parts.append(_circle(rows[at], x, y, max(3.5, 22 * math.sqrt(rows[at]["device_time_ns"] / longest))))
-        if at < limit:
-            parts.append(
-                f'<text class="strong" x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle" '
-                f'pointer-events="none">{at + 1}</text>'
-            )
+    places = [(across(row["intensity_flops_per_byte"]), up(row["flops_per_second"])) for row in rows]
+    for row, (x, y) in reversed(list(zip(rows, places, strict=True))):
+        parts.append(_circle(row, x, y, max(3.5, 22 * math.sqrt(row["device_time_ns"] / longest))))
+    parts += _numbers(places[:limit])
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="roofline of {len(rows)} operators">{"".join(parts)}</svg>'
@@ -102,6 +102,24 @@ def _roof_svg(rows: Sequence[Row], ceilings: Mapping[str, Any], limit: int) -> s
         + "".join(f'<li><i style="background:{colour}"></i>bound by {name}</li>' for name, colour in BOUND.items())
         + "</ul>"
     )
+
+
+def _second(pair: tuple[str, float]) -> float:
+    return pair[1]
+
+
+def _numbers(places: Sequence[tuple[float, float]]) -> list[str]:
+    """The table's numbers on their circles; of those that would cover each other only the first."""
+    shown: list[tuple[float, float]] = []
+    parts = []
+    for at, (x, y) in enumerate(places, 1):
+        if all(abs(x - a) > 16 or abs(y - b) > 13 for a, b in shown):
+            shown.append((x, y))
+            parts.append(
+                f'<text class="strong" x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle" '
+                f'pointer-events="none">{at}</text>'
+            )
+    return parts
 
 
 def _circle(row: Row, x: float, y: float, radius: float) -> str:
@@ -128,8 +146,9 @@ def _axes(across: _Log, up: _Log) -> str:
     return "".join(parts)
 
 
-def _roof(name: str, rate: float, speed: float | None, across: _Log, up: _Log) -> str:
-    """The flat part, and where the memory's speed is known the slope that meets it at the ridge point."""
+def _roof(name: str, rate: float, speed: float | None, across: _Log, up: _Log, above: bool) -> str:
+    """The flat part, and where the memory's speed is known the slope that meets it at the ridge point. The highest
+    roof has its name ``above``, the others below."""
     high, low = 10.0**across.high, 10.0**across.low
     points = [(low, rate), (high, rate)]
     if speed:
@@ -138,18 +157,20 @@ def _roof(name: str, rate: float, speed: float | None, across: _Log, up: _Log) -
     path = "L".join(f"{across(x):.1f} {up(y):.1f}" for x, y in points)
     return (
         f'<path d="M{path}" fill="none" stroke="#1b2430" stroke-width="1.5"/>'
-        f'<text x="{WIDTH - RIGHT - 4}" y="{up(rate) - 6:.1f}" text-anchor="end">{esc(name)} {si(rate, "FLOP/s")}</text>'
+        f'<text x="{WIDTH - RIGHT - 4}" y="{up(rate) + (-6 if above else 15):.1f}" text-anchor="end">{esc(name)} {si(rate, "FLOP/s")}</text>'
     )
 
 
-def memory(rows: Sequence[Row], peak: Sequence[Row], points: int = 600, limit: int = 12) -> Section:
+def memory(
+    rows: Sequence[Row], peak: Sequence[Row], origins: Mapping[int, int], points: int = 600, limit: int = 12
+) -> Section:
     """Bytes by category over time, one drawing per rank and device, and what the peak is made of.
 
     ``rows``: ``rank``, ``device``, ``time_ns`` and one column ``<category>_bytes`` each, of what is held from then on;
     ``allocated_bytes`` and ``reserved_bytes`` are sums and not drawn. ``peak``: ``category``, ``operator``, ``where``,
-    ``count``, ``bytes``, ``share``.
+    ``count``, ``bytes``, ``share``. ``origins``: the timeline's zero of each rank.
     """
-    lead = "Bytes held over time by category; the dashed line is the peak."
+    lead = "Bytes held by category, on the timeline's clock; the dashed line is the peak."
     columns = [key for key in rows[0] if key.endswith("_bytes") and key not in ("allocated_bytes", "reserved_bytes")]
     used = [key for key in columns if any(row.get(key) for row in rows)]
     colours = {key: CATEGORIES[at % len(CATEGORIES)] for at, key in enumerate(used)}
@@ -157,29 +178,43 @@ def memory(rows: Sequence[Row], peak: Sequence[Row], points: int = 600, limit: i
     for who in dict.fromkeys((row.get("rank"), row.get("device")) for row in rows):
         mine = [row for row in rows if (row.get("rank"), row.get("device")) == who]
         named = ", ".join(([f"rank {who[0]}"] if who[0] is not None else []) + ([str(who[1])] if who[1] else []))
-        body += (f"<h3>{esc(named)}</h3>" if named else "") + _memory_svg(mine, colours, points)
+        body += (f"<h3>{esc(named)}</h3>" if named else "") + _memory_svg(
+            mine, colours, origins.get(who[0], min(origins.values())), points
+        )
     chips = "".join(f'<li><i style="background:{colours[key]}"></i>{esc(_category(key))}</li>' for key in used)
     body += f'<ul class="legend">{chips}</ul>'
     if peak:
         largest = sorted(peak, key=lambda row: -int(row["bytes"]))[:limit]
-        head = ["rank", "category", "allocated by", "where", "allocations", "bytes", "share"]
+        head = ["rank", "device", "category", "allocated by", "where", "allocations", "bytes", "share"]
         cells = [_held(row) for row in largest]
-        body += f'<h3>At the peak</h3><div class="scroll">{table(head, cells, numeric=[4, 5, 6])}</div>'
+        body += f'<h3>At the peak</h3><div class="scroll">{table(head, cells, numeric=[5, 6, 7])}</div>'
     return Section("Memory", lead, body, "memory")
 
 
 def _held(row: Row) -> list[Any]:
     rank = row.get("rank")
     where = Html(f'<div class="name">{esc(row.get("where") or "–")}</div>')
-    amount = [number(row.get("count")), si(row["bytes"], "iB", 1024), percent(row.get("share"))]
-    return ["–" if rank is None else rank, row.get("category"), row.get("operator") or "–", where, *amount]
+    amount = [number(row.get("count")), _bytes(int(row["bytes"])), percent(row.get("share"))]
+    category = str(row.get("category")).replace("_", " ")
+    return [
+        "–" if rank is None else rank,
+        row.get("device") or "–",
+        category,
+        row.get("operator") or "–",
+        where,
+        *amount,
+    ]
+
+
+def _bytes(amount: int) -> str:
+    return si(amount, "iB", 1024) if amount >= 1024 else f"{amount} B"
 
 
 def _category(column: str) -> str:
     return column.removesuffix("_bytes").replace("_", " ")
 
 
-def _memory_svg(rows: Sequence[Row], colours: Mapping[str, str], points: int) -> str:
+def _memory_svg(rows: Sequence[Row], colours: Mapping[str, str], origin: int, points: int) -> str:
     times = np.array([int(row["time_ns"]) for row in rows], np.int64)
     held = np.array([[int(row.get(key) or 0) for row in rows] for key in colours], np.int64).reshape(-1, len(rows))
     order = np.argsort(times, kind="stable")
@@ -201,16 +236,16 @@ def _memory_svg(rows: Sequence[Row], colours: Mapping[str, str], points: int) ->
         parts.append(f'<path d="{path}" fill="{colours[name]}"><title>{esc(_category(name))}</title></path>')
         below = upper
     parts.append(f'<path d="M{LEFT} {y(top):.1f}H{WIDTH - RIGHT}" stroke="#1b2430" stroke-dasharray="5 4"/>')
-    parts.append(f'<text x="{LEFT - 8}" y="{y(top) + 4:.1f}" text-anchor="end">{si(top, "iB", 1024)}</text>')
+    parts.append(f'<text x="{LEFT - 8}" y="{y(top) + 4:.1f}" text-anchor="end">{_bytes(top)}</text>')
     parts.append(f'<text x="{LEFT - 8}" y="{y(0) + 4:.1f}" text-anchor="end">0</text>')
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         place = LEFT + share * (WIDTH - LEFT - RIGHT)
         anchor = "start" if share == 0 else "end" if share == 1 else "middle"
-        label = seconds(share * span / 1e9) if share else "0"
+        label = seconds((base - origin + share * span) / 1e9)
         parts.append(f'<text x="{place:.1f}" y="{height - 12}" text-anchor="{anchor}">{label}</text>')
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="memory over '
-        f'{seconds(span / 1e9)}, peak {si(top, "iB", 1024)}">{"".join(parts)}</svg>'
+        f'{seconds(span / 1e9)}, peak {_bytes(top)}">{"".join(parts)}</svg>'
     )
 
 
