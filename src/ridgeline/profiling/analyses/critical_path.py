@@ -12,7 +12,6 @@ Across ranks the path leaves a rank at a collective for the rank that arrived la
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from ridgeline.profiling import classify
 from ridgeline.profiling.analyses.graph import Match, build, build_across
 from ridgeline.profiling.analyses.graph_base import EDGE_NAMES, Edge, Graph, Nodes, row_of, whole
+from ridgeline.profiling.analyses.matching import clock_offsets, match_collectives
 from ridgeline.profiling.table import TraceTable
 
 NO_EVENT = "(no event)"
@@ -84,8 +84,8 @@ def critical_path_across(
 
     Args:
         tables: rank -> table.
-        matches: collectives as rank -> row of the transfer (default: :func:`match_in_order`).
-        offsets: how far each rank's clock is ahead, in ns (default: :func:`clock_offsets`).
+        matches: collectives as rank -> row of the transfer (default: :func:`matched_rows`).
+        offsets: how far each rank's clock is ahead, in ns (default: :func:`offsets_of`).
 
     Columns as in ``COLUMNS["critical_path_across"]``; times are on the lowest rank's clock.
     """
@@ -103,8 +103,8 @@ def graph_across(
     tables: Mapping[int, TraceTable], matches: Sequence[Match] | None = None, offsets: Mapping[int, int] | None = None
 ) -> Graph:
     """The joined graph with the defaults of :func:`critical_path_across`."""
-    matched = match_in_order(tables) if matches is None else matches
-    return build_across(tables, matched, clock_offsets(tables, matched) if offsets is None else offsets)
+    matched = matched_rows(tables) if matches is None else matches
+    return build_across(tables, matched, offsets_of(tables) if offsets is None else offsets)
 
 
 def critical_path_summary(path: pl.DataFrame, by: str = "type") -> pl.DataFrame:
@@ -172,38 +172,20 @@ def collective_rows(table: TraceTable) -> NDArray[np.intp]:
     return np.flatnonzero(roles.collective)
 
 
-def match_in_order(tables: Mapping[int, TraceTable]) -> list[dict[int, int]]:
-    """Collectives that ranks share: the k-th of each name, for names that all ranks called equally often.
-
-    Captures that begin at the same step need no more; nothing is matched that would have to be guessed.
-    """
-    rows = {rank: collective_rows(table) for rank, table in tables.items()}
-    named = {rank: [tables[rank].names[code] for code in tables[rank].name[found]] for rank, found in rows.items()}
-    counts = [Counter(names) for names in named.values()]
-    shared = {name for name in set().union(*counts) if len({count[name] for count in counts}) == 1}
-    by_name: dict[tuple[str, int], dict[int, int]] = {}
-    for rank, names in named.items():
-        seen: Counter[str] = Counter()
-        for name, row in zip(names, rows[rank].tolist(), strict=True):
-            if name in shared:
-                by_name.setdefault((name, seen[name]), {})[rank] = row
-                seen[name] += 1
-    return [match for match in by_name.values() if len(match) > 1]
+def matched_rows(tables: Mapping[int, TraceTable]) -> list[dict[int, int]]:
+    """The matched collectives of several ranks as rank -> table row of the kernel or transfer."""
+    rows = {
+        rank: {int(table.start[row]): int(row) for row in collective_rows(table)[::-1]}
+        for rank, table in tables.items()
+    }
+    found: dict[int, dict[int, int]] = {}
+    for match, rank, start in match_collectives(dict(tables)).select("match", "rank", "start_ns").iter_rows():
+        if start in rows[rank]:
+            found.setdefault(match, {})[rank] = rows[rank][start]
+    return [match for match in found.values() if len(match) > 1]
 
 
-def clock_offsets(tables: Mapping[int, TraceTable], matches: Sequence[Match]) -> dict[int, int]:
-    """How far each rank's clock is ahead of the lowest rank's, in ns: 0 on one host, else the median over the
-    collectives' ends, which a collective puts at one moment."""
-    ranks = sorted(tables)
-    first = ranks[0]
-    offsets = dict.fromkeys(ranks, 0)
-    for rank in ranks[1:]:
-        hosts = {tables[first].meta.host, tables[rank].meta.host}
-        ahead = [
-            int(tables[rank].end[match[rank]] - tables[first].end[match[first]])
-            for match in matches
-            if rank in match and first in match
-        ]
-        if ahead and (len(hosts) > 1 or None in hosts):
-            offsets[rank] = int(np.median(ahead))
-    return offsets
+def offsets_of(tables: Mapping[int, TraceTable]) -> dict[int, int]:
+    """How far each rank's clock is ahead of the lowest rank's, in ns; 0 where nothing connects two clocks."""
+    found = clock_offsets(dict(tables))
+    return {rank: offset or 0 for rank, offset in found.select("rank", "offset_ns").iter_rows()}

@@ -71,7 +71,7 @@ def _ready(made: Builder, cause: Nodes, needs: int) -> NDArray[np.int64]:
 
 def _latency(made: Builder, start: Nodes, call: Nodes, earlier: Nodes) -> int:
     """What a launch takes at least, in ns: the low end over kernels whose stream was empty when they were launched."""
-    alone = (call >= 0) & (made.time[earlier] <= made.time[call])
+    alone = (call >= 0) & ((earlier < 0) | (made.time[earlier] <= made.time[call]))
     delay = made.time[start[alone]] - made.time[call[alone]]
     return int(np.quantile(delay, LATENCY_QUANTILE, method="lower")) if delay.size else 0
 
