@@ -112,7 +112,10 @@ def test_the_readers_table_wins(tmp_path: Path) -> None:
         found = roles(events, user)
         assert found["my_exchange_7"] == ("communication", "user table", "certain")
         assert found["ncclDevKernel_AllReduce(x)"] == ("compute", "user table", "certain")
-    assert len(collectives(table(events), user_table=wanted)) == 1
+    events.append(kernel("gemm", 12, 2, 3, COMM_STREAM))
+    (row,) = collectives(table(events), user_table=wanted).rows(named=True)
+    assert (row["transfer"], row["hidden_ns"], row["exposed_ns"]) == ("my_exchange_7", 2_000, 3_000)
+    assert communication_overlap(table(events), user_table=wanted)["overlap_fraction"].to_list() == [0.4]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from ridgeline.profiling.analyses.message import Message, read_messages
 from ridgeline.profiling.analyses.roles import UserTable, read_user_table
 from ridgeline.profiling.analyses.temporal import activity, step_windows
 from ridgeline.profiling.communication import operation, pair_calls
-from ridgeline.profiling.intervals import clip, covered, intersect, total
+from ridgeline.profiling.intervals import Intervals, clip, covered, intersect, total
 from ridgeline.profiling.nesting import Nesting, launching_operator, nest
 from ridgeline.profiling.table import Kind, Mask, TraceTable
 
@@ -98,8 +98,8 @@ def collectives(
     """
     rows = _device_rows(table, user_table) if table.has_device_timeline else _host_rows(table)
     frame = pl.DataFrame(rows, schema=_SCHEMA, orient="row")
-    busy = activity(table).compute if rows else None
-    if busy is not None:
+    if rows:
+        busy, _ = _busy(table, user_table)
         arrival, end = frame["arrival_ns"].to_numpy(), frame["end_ns"].to_numpy()
         hidden = covered(busy, arrival, end)
         frame = frame.with_columns(
@@ -126,17 +126,29 @@ def why_no_collectives(table: TraceTable) -> str | None:
     return f"{calls} calls of collectives and no kernel of one" + (": the job is a single rank" if alone else "")
 
 
-def communication_overlap(table: TraceTable, window: tuple[int, int] | None = None) -> pl.DataFrame:
+def communication_overlap(
+    table: TraceTable, window: tuple[int, int] | None = None, user_table: UserTable = None
+) -> pl.DataFrame:
     """One row: how much of the communication compute hides. Columns: ``COLUMNS``. The fraction is null, never NaN,
     without communication."""
     spent, hidden = 0, 0
     if len(table):
-        found = activity(table)
-        communication = found.communication if window is None else clip(found.communication, *window)
-        spent, hidden = total(communication), total(intersect(communication, found.compute))
+        compute, communication = _busy(table, user_table)
+        communication = communication if window is None else clip(communication, *window)
+        spent, hidden = total(communication), total(intersect(communication, compute))
     row = (spent, hidden, spent - hidden, hidden / spent if spent else None)
     schema = dict.fromkeys(COLUMNS["communication_overlap"], pl.Int64) | {"overlap_fraction": pl.Float64}
     return pl.DataFrame([row], schema=schema, orient="row")
+
+
+def _busy(table: TraceTable, user_table: UserTable) -> tuple[Intervals, Intervals]:
+    """(moments of compute, unknown kernels included; moments of communication), by the same roles as the rows."""
+    if not table.has_device_timeline:
+        found = activity(table)
+        return found.compute, found.communication
+    launched, phases = classify.launches(table), classify.find_phases(table)
+    roles = classify.kernel_roles(table, phases, launched, read_user_table(user_table))
+    return table.intervals(roles.has("compute", "optimizer", "unknown")), table.intervals(roles.has("communication"))
 
 
 def _device_rows(table: TraceTable, user_table: UserTable) -> list[tuple[Any, ...]]:
