@@ -8,12 +8,14 @@ events::
              [---] [---]   [---]        its gaps, A-B and B-C, are the most that one fused kernel could save
                                         beside memory traffic
 
-Occurrences of one sequence never share a kernel (A A A A holds (A, A) twice). A sequence ends where a copy, a set,
-a collective or a pause of the stream comes between.
+Occurrences of one sequence never share a kernel (A A A A holds (A, A) twice), and unless asked otherwise neither do
+two sequences of the list: the best takes its kernels, the next is counted in what is left, so that the list adds up.
+A sequence ends where a copy, a set, a collective or a pause of the stream comes between.
 """
 
 from __future__ import annotations
 
+import heapq
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -38,7 +40,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "device": "id: device, -1 where the file names none",
         "stream": "id: stream, -1 where the file names none",
         "length": "count: kernels in the sequence",
-        "count": "count: occurrences that share no kernel",
+        "count": "count: occurrences that share no kernel with each other (nor, if distinct, with a row above)",
         "kernel_ns": "ns: summed durations of their kernels",
         "gap_ns": "ns: summed pauses between the kernels of each occurrence, the most that fusing could save in gaps",
         "sequence": "names: the kernels in order",
@@ -84,6 +86,13 @@ class _Found(NamedTuple):
     gap_ns: Times
 
 
+class _Places(NamedTuple):
+    """Where the sequences of one length begin, by code, then by place; ``[occurrences]``."""
+
+    code: Codes
+    where: NDArray[np.intp]
+
+
 def frequent_sequences(
     table: TraceTable,
     length: tuple[int, int] = (2, 5),
@@ -93,11 +102,13 @@ def frequent_sequences(
     min_count: int = 2,
     pause_ns: int = PAUSE_NS,
     window: tuple[int, int] | None = None,
+    distinct: bool = True,
 ) -> pl.DataFrame:
     """The ``top`` sequences of ``length[0]`` to ``length[1]`` kernels that occur at least ``min_count`` times.
 
     A sequence that only occurs inside one longer sequence is not listed beside it. With ``operator`` only kernels
-    launched inside one call of that operator make a sequence. Figures of two rows may share kernels: do not add them.
+    launched inside one call of that operator make a sequence. With ``distinct`` no kernel is in two rows, and the rows'
+    figures may be added; without, every sequence is counted in the whole stream.
 
     Raises:
         UserError: a length below 2 or out of order, an unknown order, an operator that is not in the trace.
@@ -108,7 +119,11 @@ def frequent_sequences(
     if order not in _ORDERS:
         raise UserError(f"sequences ordered by '{order}': no such order{nearest(order, _ORDERS)}")
     text = _text(table, operator, pause_ns, window)
-    found = [one for one in _count(text, high, min_count) if one.length >= low]
+    found, places = _count(text, high, min_count)
+    if distinct:
+        found = _distinct(text, found[low - 2 :], places[low - 2 :], order, top, min_count)
+    else:
+        found = found[low - 2 :]
     return (
         _frame(table, text, found)
         .sort(
@@ -174,9 +189,10 @@ def _hint(operator: str, known: set[str]) -> str:
     return text if text.startswith(" (did you mean") else ""
 
 
-def _count(text: _Text, longest: int, min_count: int) -> list[_Found]:
-    """Sequences of 2 to ``longest`` kernels, without those that only occur inside a longer one."""
+def _count(text: _Text, longest: int, min_count: int) -> tuple[list[_Found], list[_Places]]:
+    """Sequences of 2 to ``longest`` kernels, without those that only occur inside a longer one, and where each is."""
     found: list[_Found] = []
+    places: list[_Places] = []
     code, where = text.symbol, np.arange(text.rows.size)
     width = int(text.symbol.max(initial=0)) + 1
     shorter: _Level | None = None
@@ -186,7 +202,10 @@ def _count(text: _Text, longest: int, min_count: int) -> list[_Found]:
         pairs = prefix * width + text.symbol[where + length - 1]
         _, code, count = np.unique(pairs, return_inverse=True, return_counts=True)
         code = code.reshape(-1)
-        fresh = _occurrences(text, length, where, code, count, min_count)
+        often = np.flatnonzero(count[code] >= min_count)
+        often = often[np.argsort(code[often], kind="stable")]
+        places.append(_Places(code[often], where[often]))
+        fresh = _occurrences(text, length, places[-1], min_count)
         apart = np.zeros(count.size, np.int64)
         apart[fresh.code] = fresh.apart
         level = _Level(code, where, count, apart)
@@ -194,7 +213,7 @@ def _count(text: _Text, longest: int, min_count: int) -> list[_Found]:
             found[-1] = _closed(found[-1], shorter, level, prefix)
         found.append(fresh)
         shorter = level
-    return found
+    return found, places
 
 
 def _closed(found: _Found, shorter: _Level, longer: _Level, prefix: Codes) -> _Found:
@@ -209,15 +228,10 @@ def _closed(found: _Found, shorter: _Level, longer: _Level, prefix: Codes) -> _F
     return _Found(found.length, *(column[alone] for column in found[1:]))
 
 
-def _occurrences(
-    text: _Text, length: int, where: NDArray[np.intp], code: Codes, counts: Codes, min_count: int
-) -> _Found:
+def _occurrences(text: _Text, length: int, places: _Places, min_count: int) -> _Found:
     """Count, time and gaps of the sequences, over occurrences that share no kernel, from the left."""
-    often = counts[code] >= min_count
-    order = np.argsort(code[often], kind="stable")
-    code, where = code[often][order], where[often][order]
-    taken = _apart(code, where, length)
-    code, where = code[taken], where[taken]
+    taken = _apart(places.code, places.where, length)
+    code, where = places.code[taken], places.where[taken]
     codes, first, inverse, count = np.unique(code, return_index=True, return_inverse=True, return_counts=True)
     kernels, gaps = np.zeros(codes.size, np.int64), np.zeros(codes.size, np.int64)
     for step in range(length):
@@ -226,6 +240,43 @@ def _occurrences(
             np.add.at(gaps, inverse, text.gap[where + step])
     keep = count >= min_count
     return _Found(length, codes[keep], where[first][keep], count[keep], kernels[keep], gaps[keep])
+
+
+def _distinct(
+    text: _Text, found: list[_Found], places: list[_Places], order: Order, top: int, min_count: int
+) -> list[_Found]:
+    """The best sequence, then the best in the kernels that it leaves, and so on; ``top`` of them, one per ``_Found``.
+
+    A sequence can only lose to those before it, so its old figure bounds the new one: each is counted again only when
+    its turn comes, and goes back when another may be better.
+    """
+    free = np.ones(text.rows.size, np.bool_)
+    heap = [(*_key(one, at, order), level, at) for level, one in enumerate(found) for at in range(one.code.size)]
+    heapq.heapify(heap)
+    out: list[_Found] = []
+    while heap and len(out) < top:
+        *_, level, at = heapq.heappop(heap)
+        one, (code, where) = found[level], places[level]
+        low, high = np.searchsorted(code, [one.code[at], one.code[at] + 1])
+        inside = where[low:high, None] + np.arange(one.length)
+        left = where[low:high][free[inside].all(axis=1)]
+        now = _occurrences(text, one.length, _Places(np.full(left.size, one.code[at]), left), min_count)
+        if not now.code.size:
+            continue
+        now = now._replace(first=one.first[at : at + 1])
+        key = (*_key(now, 0, order), level, at)
+        if heap and key > heap[0]:
+            heapq.heappush(heap, key)
+            continue
+        out.append(now)
+        free[left[_apart(np.zeros(left.size, np.int64), left, one.length)][:, None] + np.arange(one.length)] = False
+    return out
+
+
+def _key(found: _Found, at: int, order: Order) -> tuple[int, int, int, int]:
+    """What sorts first is better: more of what was asked for, then more time, then longer, then earlier."""
+    figures = {"gap_ns": found.gap_ns, "kernel_ns": found.kernel_ns, "count": found.apart}
+    return -int(figures[order][at]), -int(found.kernel_ns[at]), -found.length, int(found.first[at])
 
 
 def _apart(code: Codes, where: NDArray[np.intp], length: int) -> NDArray[np.intp]:
