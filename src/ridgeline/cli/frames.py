@@ -52,7 +52,9 @@ def frame_table(frame: pl.DataFrame, title: str, columns: Sequence[str] | None =
 
 
 def heading(name: str) -> str:
-    """``mean_ns`` -> ``mean``: the unit stands in the cells."""
+    """``mean_ns`` -> ``mean``, ``total_ns_a`` -> ``total A``: the unit stands in the cells."""
+    if name.endswith(("_a", "_b")):
+        return f"{heading(name[:-2])} {name[-1].upper()}"
     for unit in UNITS:
         if name.endswith(unit) and name != unit[1:]:
             return name.removesuffix(unit).replace("_", " ")
@@ -63,6 +65,7 @@ def cell(name: str, value: Any) -> str:
     """One value with the unit that its column's name ends in; a dash for none."""
     if value is None:
         return "-"
+    name = name.removesuffix("_a").removesuffix("_b")
     if isinstance(value, (list, tuple)):
         return " > ".join(short_name(str(one), WIDEST_TEXT // max(len(value), 1)) for one in value)
     if isinstance(value, str):

@@ -38,9 +38,7 @@ def summary(path: str = PATH, step: int = STEP, as_json: bool = JSON_OPTION) -> 
         emit(document)
         return
     print_integrity(document["integrity"])
-    print_rows(
-        document["ranks"], f"Where the time went, {'step ' + str(step) if step is not None else 'whole capture'}"
-    )
+    print_ranks(document["ranks"], step)
     print_stragglers(trace, step)
     print_findings(document["findings"], 5)
 
@@ -264,6 +262,80 @@ def whatif(
     show(trace.what_if(asked, step), "What if", 100, as_json, "no event to replay")
 
 
+@app.command()
+@verb
+def diff(
+    a: str = typer.Argument(..., metavar="A", help="A trace, a folder of ranks, or a run."),
+    b: str = typer.Argument(..., metavar="B", help="The other one."),
+    by: str = typer.Option("operator", "--by", help="operator, kernel, module or collective."),
+    per_step: bool = typer.Option(None, "--per-step/--whole", help="[default: per step when both have steps]"),
+    top: int = TOP,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """What changed from A to B: how they were made first, then the largest changes of time."""
+    from ridgeline.profiling.analyses.diff import configuration_diff
+    from ridgeline.profiling.analyses.diff import diff as compare
+
+    one, other = load(a, stacks=by == "module"), load(b, stacks=by == "module")
+    sides = list(one.tables.values()), list(other.tables.values())
+    made = configuration_diff(*sides, (one.properties(), other.properties()))
+    changed = compare(*sides, by, per_step)
+    if as_json:
+        emit({"configuration": made.to_dicts(), "changes": changed.to_dicts()})
+        return
+    show(made, "Configuration", 100, False, "the configurations do not differ")
+    compared = (
+        ["total_ns_a", "total_ns_b"] if changed["per_step_ns_a"].is_null().all() else ["per_step_ns_a", "per_step_ns_b"]
+    )
+    columns = ["name", "only", "count_a", "count_b", *compared, "delta_ns", "measure", "per"]
+    show(changed, f"Changes by {by}", top, False, f"no {by} in either trace", columns)
+
+
+@app.command()
+@verb
+def export(
+    path: str = PATH,
+    out: Path = typer.Option(..., "--out", help="FILE.json or .json.gz for Perfetto, or a folder for Parquet."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Write the trace with our annotations for Perfetto, or every table as Parquet."""
+    from ridgeline.profiling.dump import to_folder, to_perfetto
+
+    trace = load(path, stacks=True)
+    written = to_perfetto(trace, out) if out.name.endswith((".json", ".json.gz")) else to_folder(trace, out)
+    if as_json:
+        emit({"files": [str(file) for file in written]})
+        return
+    for file in written:
+        console().print(f"wrote {file}", soft_wrap=True)
+
+
+@app.command()
+@verb
+def report(
+    path: str = PATH,
+    out: Path = typer.Option(Path("trace-report.html"), "--out", help="The page to write."),
+    here: bool = typer.Option(False, "--here", help="The trace was taken on this machine: use its measured ceilings."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """One self-contained page: timeline, breakdown, communication, call tree, roofline, memory."""
+    from ridgeline.profiling.dump import report_sections
+    from ridgeline.report.trace_page import write_trace_report
+
+    trace, limits = load(path, stacks=True), None
+    if here:
+        from ridgeline.hardware import ceilings
+
+        limits = ceilings().to_dict()
+    with console(True).status("analysing"):
+        sections = report_sections(trace, limits)
+        write_trace_report(list(trace.tables.values()), out, f"Trace {Path(path).name}", sections)
+    if as_json:
+        emit({"report": str(out)})
+    else:
+        console().print(f"wrote {out}", soft_wrap=True)
+
+
 def load(path: str, stacks: bool = False) -> Trace:
     """Read with a progress bar; a run's id stands for the traces it holds."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
@@ -342,11 +414,15 @@ def print_integrity(defects: Sequence[dict[str, Any]]) -> None:
         out.print(f"integrity: {where}{one['message']}{unsafe}", soft_wrap=True)
 
 
-def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Plain rows as a table."""
+def print_ranks(rows: Sequence[dict[str, Any]], step: int | None) -> None:
+    """One line per rank; copies, unknown work and kernels only where there are any."""
     import polars as pl
 
-    print_frame(pl.DataFrame(rows, infer_schema_length=None), title)
+    frame = pl.DataFrame(rows, infer_schema_length=None)
+    empty = [name for name in ("memory_ns", "unknown_ns", "kernel_count") if not frame[name].sum()]
+    shown = {"exposed_communication_ns": "exposed_ns", "overlap_fraction": "hidden_share", "kernel_count": "kernels"}
+    title = f"Where the time went, {'the whole capture' if step is None else f'step {step}'}"
+    print_frame(frame.drop(empty).rename({k: v for k, v in shown.items() if k not in empty}), title)
 
 
 def print_findings(findings: Sequence[dict[str, Any]], top: int) -> None:

@@ -63,6 +63,8 @@ def _from_split(breakdown: StepBreakdown) -> Iterator[Cause]:
     judged, parts = verdict(breakdown), breakdown.parts_seconds()
     per = _per(breakdown)
     for one in judged.findings:
+        if one.part == "straggler":  # told by rank, with what it did, below
+            continue
         interval = (0.0, one.gain_seconds) if one.at_most else (0.5 * one.gain_seconds, 1.5 * one.gain_seconds)
         title = f"{WHAT[one.part]}"
         yield Cause(one.part, title, parts.get(one.part, one.gain_seconds), interval, per, one.knob, one.how)
@@ -77,20 +79,12 @@ def _from_patterns(trace: Trace, breakdown: StepBreakdown, step: int | None) -> 
     for row in trace.anti_patterns(step=step).iter_rows(named=True):
         steps = 1 if step is not None else max(len(_of(breakdown, row["rank"]).steps), 1)
         seconds = row["cost_ns"] / 1e9 / steps
-        times = f"{row['count']} times in rank {row['rank']}"
-        yield Cause(
-            row["finding"],
-            row["title"],
-            seconds,
-            (0.0, seconds),
-            per,
-            row["knob"],
-            f"{row['evidence']}; {times}" + (f", {row['where']}" if row["where"] else ""),
-            row["rank"],
-            row["where"],
-            row["start_ns"],
-            row["end_ns"],
+        evidence = f"{row['count']} times in rank {row['rank']}, {row['cost']}" + (
+            f", {row['where']}" if row["where"] else ""
         )
+        where, at = row["where"], (row["start_ns"], row["end_ns"])
+        gain = (0.0, seconds)
+        yield Cause(row["finding"], row["finding"], seconds, gain, per, row["knob"], evidence, row["rank"], where, *at)
 
 
 def _from_ranks(trace: Trace, breakdown: StepBreakdown, step: int | None) -> Iterator[Cause]:
@@ -99,18 +93,9 @@ def _from_ranks(trace: Trace, breakdown: StepBreakdown, step: int | None) -> Ite
     for row in trace.stragglers(step=step).iter_rows(named=True):
         seconds = row["caused_wait_ns"] / 1e9 / steps
         title = f"rank {row['rank']} arrives last at collectives"
-        evidence = f"{row['count']} collectives waited for rank {row['rank']}, which was in {row['op']}"
-        knob = f"what rank {row['rank']} does before it arrives ({row['op']})"
-        yield Cause(
-            "straggler",
-            title,
-            seconds,
-            (0.0, seconds),
-            _per(breakdown),
-            None,
-            f"{evidence}; look at {knob}",
-            row["rank"],
-        )
+        evidence = f"{row['count']} of {row['matched']} collectives (most of it at {row['op']}) waited for rank {row['rank']}; "
+        evidence += f"before them, what the others did not do: {row['operator']}"
+        yield Cause("straggler", title, seconds, (0.0, seconds), _per(breakdown), None, evidence, row["rank"])
 
 
 def _of(breakdown: StepBreakdown, rank: int) -> Any:

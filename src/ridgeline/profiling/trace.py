@@ -74,6 +74,13 @@ class Trace:
         """``gpu`` when any rank has a device timeline, else ``cpu``."""
         return "gpu" if any(table.has_device_timeline for table in self.tables.values()) else "cpu"
 
+    def properties(self) -> dict[str, Any]:
+        """What the first rank's file says at its top: devices, versions."""
+        from ridgeline.profiling.analyses.header import describe
+
+        first = next(iter(self.tables.values())).meta.source
+        return describe(first) if Path(first).is_file() else {}
+
     def only(self, rank: int | None) -> Trace:
         """The same trace with one rank.
 
@@ -127,104 +134,108 @@ class Trace:
 
     def temporal_breakdown(self, *, steps: bool = False, step: int | None = None) -> pl.DataFrame:
         """Compute, communication, copies and idle, over the capture, per step, or of one step."""
-        return self.per_rank(_of("temporal").temporal_breakdown, steps=steps, step=step)
+        return self.per_rank(analysis("temporal").temporal_breakdown, steps=steps, step=step)
 
     def kernel_breakdown(self, by: str = "name", step: int | None = None) -> pl.DataFrame:
         """Device work by ``name``, ``operator``, ``module`` or ``shape``; without a device operators by own time."""
-        return self.windowed(_of("kernels").kernel_breakdown, step, by=by)
+        return self.windowed(analysis("kernels").kernel_breakdown, step, by=by)
 
     def launch_statistics(self, step: int | None = None, **limits: int) -> pl.DataFrame:
         """Launch calls by name: their own time, the delay to the device, and what is short, slow or late."""
-        return self.windowed(_of("launches").launch_statistics, step, **limits)
+        return self.windowed(analysis("launches").launch_statistics, step, **limits)
 
     def idle_by_cause(self, step: int | None = None, **limits: int) -> pl.DataFrame:
         """Idle time of every stream and device by cause; the causes sum to the idle time."""
-        return self.windowed(_of("idle").idle_by_cause, step, **limits)
+        return self.windowed(analysis("idle").idle_by_cause, step, **limits)
 
     def idle_gaps(self, top: int = 20, step: int | None = None) -> pl.DataFrame:
         """The longest gaps of each rank with cause, the operator around them and the next kernel."""
-        return self.windowed(_of("idle").idle_gaps, step, top=top)
+        return self.windowed(analysis("idle").idle_gaps, step, top=top)
 
     def queue_length(self, step: int | None = None) -> pl.DataFrame:
         """Device events outstanding per stream, as a step function of time."""
-        return self.windowed(_of("counters").queue_length, step)
+        return self.windowed(analysis("counters").queue_length, step)
 
     def queue_summary(self, step: int | None = None) -> pl.DataFrame:
         """Mean, largest and full queue per stream."""
-        return self.windowed(_of("counters").queue_summary, step)
+        return self.windowed(analysis("counters").queue_summary, step)
 
     def memory_bandwidth(self, step: int | None = None) -> pl.DataFrame:
         """Copies and sets by kind: bytes, busy time, mean and peak rate."""
-        return self.windowed(_of("counters").memory_bandwidth, step)
+        return self.windowed(analysis("counters").memory_bandwidth, step)
 
     def hardware_counters(self) -> pl.DataFrame:
         """Counters of CUPTI's range profiler, when the capture has them."""
-        return self.per_rank(_of("counters").hardware_counters)
+        return self.per_rank(analysis("counters").hardware_counters)
 
     def frequent_sequences(self, step: int | None = None, **options: Any) -> pl.DataFrame:
         """Runs of kernels that come again and again: what a fusion would save at most."""
-        return self.windowed(_of("sequences").frequent_sequences, step, **options)
+        return self.windowed(analysis("sequences").frequent_sequences, step, **options)
 
     def classify_kernels(self, user_table: Any = None, step: int | None = None) -> pl.DataFrame:
         """The role of every kernel name, by which evidence, and how sure that is."""
-        return self.windowed(_of("roles").classify_kernels, step, user_table=user_table)
+        return self.windowed(analysis("roles").classify_kernels, step, user_table=user_table)
 
     def collectives(self, step: int | None = None, **options: Any) -> pl.DataFrame:
         """One row per collective: bytes, times, bandwidths, what of it was exposed, and who called it."""
-        return self.windowed(_of("collectives").collectives, step, **options)
+        return self.windowed(analysis("collectives").collectives, step, **options)
 
     def communication_overlap(self, step: int | None = None) -> pl.DataFrame:
         """Communication and how much of it compute hides; null where there is none."""
-        return self.windowed(_of("collectives").communication_overlap, step)
+        return self.windowed(analysis("collectives").communication_overlap, step)
 
     def stragglers(self, step: int | None = None, threshold_ns: int | None = None) -> pl.DataFrame:
         """Ranks that made others wait at collectives, the dearest first; empty when there is none."""
-        frame: pl.DataFrame = _of("ranks").stragglers(dict(self.stepped(step).tables), threshold_ns)
+        frame: pl.DataFrame = analysis("ranks").stragglers(dict(self.stepped(step).tables), threshold_ns)
         return frame
 
     def straggler_verdict(self, step: int | None = None, threshold_ns: int | None = None) -> Any:
         """The same with its threshold and a sentence, also when nothing can be said."""
-        return _of("ranks").find_stragglers(dict(self.stepped(step).tables), threshold_ns)
+        return analysis("ranks").find_stragglers(dict(self.stepped(step).tables), threshold_ns)
 
     def wait_matrix(self, step: int | None = None) -> pl.DataFrame:
         """Who made whom wait, at which collective, and what the late rank ran meanwhile."""
-        frame: pl.DataFrame = _of("ranks").wait_matrix(dict(self.stepped(step).tables))
+        frame: pl.DataFrame = analysis("ranks").wait_matrix(dict(self.stepped(step).tables))
         return frame
+
+    def anti_patterns(self, step: int | None = None) -> pl.DataFrame:
+        """Patterns that cost time for nothing, by place in the program, with what to change."""
+        return self.windowed(analysis("antipatterns").anti_patterns, step)
 
     def call_tree(self, step: int | None = None) -> pl.DataFrame:
         """Every call path with its own and inclusive time on the host and the device."""
-        return self.windowed(_of("calltree").call_tree, step)
+        return self.windowed(analysis("calltree").call_tree, step)
 
     def critical_path(self, step: int | None = None) -> pl.DataFrame:
         """The chain of events that set each rank's time, segment by segment; it tiles the window."""
-        return self.windowed(_of("critical_path").critical_path, step)
+        return self.windowed(analysis("critical_path").critical_path, step)
 
     def critical_path_across(self) -> pl.DataFrame:
         """The same over all ranks: at a collective it goes on with the rank that came last."""
-        frame: pl.DataFrame = _of("critical_path").critical_path_across(dict(self.tables))
+        frame: pl.DataFrame = analysis("critical_path").critical_path_across(dict(self.tables))
         return frame
 
     def what_if(self, change: str | Sequence[str], step: int | None = None) -> pl.DataFrame:
         """The time predicted with a change, beside the measured one."""
-        return self.windowed(_of("whatif").what_if, step, change=change)
+        return self.windowed(analysis("whatif").what_if, step, change=change)
 
     def roofline(self, ceilings: Mapping[str, Any] | None = None, step: int | None = None) -> pl.DataFrame:
         """FLOPs, bytes and rates per operator, against the ceilings when they are known."""
-        return self.windowed(_of("roofline").roofline, step, ceilings=ceilings)
+        return self.windowed(analysis("roofline").roofline, step, ceilings=ceilings)
 
     def memory_timeline(self, step: int | None = None) -> pl.DataFrame:
         """Allocated bytes over time by category."""
-        return self.windowed(_of("memory").memory_timeline, step)
+        return self.windowed(analysis("memory").memory_timeline, step)
 
     def memory_peak(self) -> pl.DataFrame:
         """What the peak is made of."""
-        return self.per_rank(_of("memory").memory_peak)
+        return self.per_rank(analysis("memory").memory_peak)
 
     def memory_allocations(self, step: int | None = None) -> pl.DataFrame:
         """Every allocation with its operator, lifetime and category."""
-        return self.windowed(_of("memory").memory_allocations, step)
+        return self.windowed(analysis("memory").memory_allocations, step)
 
 
-def _of(analysis: str) -> Any:
+def analysis(name: str) -> Any:
     """An analysis, imported when it is first asked for."""
-    return importlib.import_module(f"ridgeline.profiling.analyses.{analysis}")
+    return importlib.import_module(f"ridgeline.profiling.analyses.{name}")

@@ -44,7 +44,8 @@ WHAT = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Time that could be saved: ``gain_seconds`` per step by setting ``knob``, predicted as ``how`` says.
+    """Time that could be saved: ``gain_seconds`` per step by setting ``knob``, predicted as ``how`` says. ``part`` is the
+    part of the step that the knob acts on, or ``straggler``.
 
     ``at_most`` marks a bound: the whole of what the knob acts on, of which it may leave a part.
     """
@@ -192,7 +193,7 @@ def _late_rank(case: Case) -> Iterator[Finding]:
     if late:
         what = f"removing what rank {late['rank']} does outside every op"
         yield Finding(
-            "communication", what, late["idle_seconds"], "its median time per step without any event", at_most=True
+            "straggler", what, late["idle_seconds"], "its median time per step without any event", at_most=True
         )
 
 
