@@ -117,6 +117,8 @@ def test_bytes_by_hand() -> None:
     assert cost("aten::sum", arguments([4, 8])).bytes == 4 * (32 + 1)
     indices = OpArguments([[100, 16], [3, 5]], ["c10::BFloat16", "long"], [], [])
     assert cost("aten::embedding", indices).bytes == 15 * (2 * 16 * 2 + 8)
+    rows = OpArguments([[7, 16], [], [3]], ["float", "Scalar", "long"], [], ["", "0", ""])
+    assert cost("aten::index_select", rows).bytes == 2 * 3 * 16 * 4 + 3 * 8
     condition = OpArguments([[4, 1], [4, 8], []], ["bool", "float", "float"], [], [])
     found = cost("aten::where", condition)
     assert (found.dtype, found.bytes) == ("float32", 4 + 4 * (32 + 1 + 32))

@@ -31,7 +31,8 @@ from ridgeline.profiling.table import TraceTable
 Window = tuple[int, int] | None
 
 CATEGORIES = ("before_capture", "activations", "gradients", "optimizer_state", "temporaries", "unknown")
-_DEVICES = {0: "cpu", 1: "cuda", 20: "privateuse"}
+# The numbers of c10::DeviceType.
+_DEVICES = {0: "cpu", 1: "cuda", 6: "hip", 12: "xpu", 13: "mps", 15: "hpu", 19: "mtia", 20: "privateuseone"}
 _ENGINE_GAP_NS = 100_000
 _PHASES = ("forward", "backward", "optimizer")
 

@@ -219,6 +219,13 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", text))
 
 
+def _index_select(call: Call) -> Cost:
+    """``index_select(self, dim, index)``: the slices that the index names are read and written."""
+    shape = call.shape(0)
+    taken = prod(shape) // max(shape[call.value(1)], 1) * prod(call.shape(2))
+    return call.made(0, 2 * taken * call.size_of(0) + call.bytes_of(2), matmul=False)
+
+
 _MATMUL: dict[str, _Formula] = {
     **dict.fromkeys(("mm", "bmm", "_scaled_mm", "_int_mm"), _matrix(0)),
     **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_", "_addmm_activation"), _matrix(1)),
@@ -285,6 +292,7 @@ _MEMORY: dict[str, _Formula] = {
     "embedding": _embedding,
     "embedding_dense_backward": _embedding_backward,
     "gather": _gather,
+    "index_select": _index_select,
 }
 _NAME = re.compile(r"aten::(\w+)$")
 

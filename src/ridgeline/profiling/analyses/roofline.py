@@ -152,7 +152,10 @@ def _work(table: TraceTable, window: Window) -> _Work:
         inside = np.isin(ops, _starting(table, ops, window))
         rows = inner = ops[inside]
         launched, spent = np.full(len(table), 0, np.intp), own[inside]
-    inner = np.where((inner >= 0) & (table.kind[inner] == Kind.CPU_OP), inner, -1)
+    ranges = (inner >= 0) & (table.kind[inner] != Kind.CPU_OP)
+    while ranges.any():  # out of named ranges (nccl:all_reduce) to the operator around them
+        inner = np.where(ranges, nesting.parent[inner], inner)
+        ranges = (inner >= 0) & (table.kind[inner] != Kind.CPU_OP)
     tf32 = table.is_kind(Kind.KERNEL) & table.named(TF32_KERNEL.search)
     return _Work(owners(table, nesting, inner), spent, launched[rows] >= 0, tf32[rows])
 
