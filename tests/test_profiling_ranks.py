@@ -137,6 +137,36 @@ def test_a_lost_collective_spoils_its_step_alone() -> None:
     assert unmatched(tables) == {0: 1, 1: 0}
 
 
+def test_the_backends_own_numbers_match_whatever_is_lost() -> None:
+    """``Seq`` says which collective it is, so that a capture that began one later loses that one alone; and one step
+    can be asked for."""
+    arrivals = [[1000, 1000, 1000, 1000], [1200, 1300, 1600, 1500]]
+    tables = {}
+    for rank in (0, 1):
+        events: list[dict] = []
+        for number, arrival in enumerate(arrivals[rank]):
+            if rank == 0 or number:
+                base, end = number * STEP, max(one[number] for one in arrivals) + TRANSFER
+                facts = {"Collective name": "allreduce", "Seq": 40 + number, "Process Group Name": "0", "Group size": 2}
+                events += [
+                    step(number, base, STEP),
+                    event("nccl:all_reduce", "user_annotation", base + 5, 20),
+                    launch(base + 10, number + 1),
+                    kernel(NAME, base + arrival, end - arrival, number + 1, COMM_STREAM, **facts),
+                ]
+        tables[rank] = parse_table(text(events, rank, 2), f"rank{rank}.json")
+    frame = match_collectives(tables)
+    assert frame.filter("last").select("sequence", "step", "caused_wait_ns").rows() == [
+        (41, 1, 300_000),
+        (42, 2, 600_000),
+        (43, 3, 500_000),
+    ]
+    assert stragglers(tables).select("rank", "caused_wait_ns", "per_step_ns").rows() == [(1, 1_400_000, 500_000)]
+    assert stragglers(tables, step=2).select("rank", "caused_wait_ns").rows() == [(1, 600_000)]
+    assert wait_matrix(tables, step=3)["wait_ns"].to_list() == [500_000]
+    assert find_stragglers(tables, step=0).verdict.startswith("no verdict")
+
+
 def test_false_matches_are_dropped() -> None:
     """Nobody leaves an all-reduce before the last has come; and one of other sizes is another one."""
     arrivals = [[1000] * 4, [1100] * 4]

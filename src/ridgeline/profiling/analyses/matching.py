@@ -30,7 +30,7 @@ COLUMNS = {
         "name": "the c10d parent's name (of the lowest rank)",
         "group": "name of the process group; null when the trace does not say",
         "group_size": "ranks in the group; of the job when the trace does not say",
-        "step": "profiler step; null outside of steps",
+        "step": "profiler step it was called in (on the lowest rank); null outside of steps",
         "sequence": "the backend's number, else the index in the group and step",
         "bytes": "bytes: the larger of this rank's input and output; null when unknown",
         "arrival_ns": "ns: when this rank began to take part, on its own clock",
@@ -54,7 +54,8 @@ COLUMNS = {
         "evidence": "reference, same host, collective ends, or no matched collective",
     },
 }
-_KEYS = ["group", "step", "sequence", "op"]
+_CELL = ["group", "_step"]
+_KEYS = [*_CELL, "sequence", "op"]
 _EQUAL_SIZES = ("all_reduce", "broadcast", "reduce", "all_gather", "reduce_scatter", "barrier")
 _END_TOGETHER = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier")
 _MATCH_SCHEMA: dict[str, Any] = {
@@ -76,10 +77,14 @@ _OFFSET_SCHEMA = {
 }
 
 
-def match_collectives(tables: dict[int, TraceTable], ceiling: Ceiling = None) -> pl.DataFrame:
-    """One row per matched collective and rank, with clocks aligned. Columns: ``COLUMNS``; empty when none match."""
+def match_collectives(tables: dict[int, TraceTable], ceiling: Ceiling = None, step: int | None = None) -> pl.DataFrame:
+    """One row per matched collective and rank, with clocks aligned. Columns: ``COLUMNS``; empty when none match.
+
+    ``step``: only the collectives called in that profiler step; all of the capture are matched and align the clocks.
+    """
     paired = _pairs(tables)
-    return _measured(paired, _offsets(tables, paired), _worlds(tables), ceiling)
+    found = _measured(paired, _offsets(tables, paired), _worlds(tables), ceiling)
+    return found if step is None else found.filter(pl.col("step") == step)
 
 
 def clock_offsets(tables: dict[int, TraceTable]) -> pl.DataFrame:
@@ -110,11 +115,14 @@ def _numbered(rows: pl.DataFrame) -> pl.DataFrame:
     """``sequence`` becomes the backend's number where all of a group have one, else the index in the group and step."""
     group = pl.concat_str("group", "group_ranks", separator=" ", ignore_nulls=True).alias("group")
     rows = rows.with_columns(group)
-    own = pl.col("writer_sequence").is_not_null().all().over("group")
+    number = pl.col("writer_sequence")
+    unique = number.is_not_null().all() & (number.n_unique() == pl.len())
+    rows = rows.with_columns(unique.over("rank", "group").alias("_own"))
+    own = pl.col("_own").all().over("group")
     counted = pl.col("sequence").rank("ordinal").over("rank", "group", "step").cast(pl.Int64) - 1
     return rows.with_columns(
         pl.when(own).then("writer_sequence").otherwise(counted).alias("sequence"),
-        pl.when(own).then(None).otherwise("step").alias("step"),
+        pl.when(own).then(None).otherwise("step").alias("_step"),
         own.alias("_own"),
     )
 
@@ -122,10 +130,8 @@ def _numbered(rows: pl.DataFrame) -> pl.DataFrame:
 def _agreeing(rows: pl.DataFrame) -> pl.DataFrame:
     """The keys on which at least two ranks have one row each and agree on its dtype and size; where sequences are counted, all
     ranks must have counted as many in that step and group, for an index means nothing after a loss."""
-    counts = rows.group_by("group", "step", "rank").agg(pl.len().alias("_n"), pl.col("_own").first())
-    whole = counts.group_by("group", "step").agg(
-        (pl.col("_own").first() | (pl.col("_n").n_unique() == 1)).alias("_whole")
-    )
+    counts = rows.group_by(*_CELL, "rank").agg(pl.len().alias("_n"), pl.col("_own").first())
+    whole = counts.group_by(_CELL).agg((pl.col("_own").first() | (pl.col("_n").n_unique() == 1)).alias("_whole"))
     sized = pl.when(pl.col("op").is_in(_EQUAL_SIZES)).then("bytes")
     keys = (
         rows.with_columns(sized.alias("_size"))
@@ -137,7 +143,7 @@ def _agreeing(rows: pl.DataFrame) -> pl.DataFrame:
             pl.col("dtype").drop_nulls().n_unique(),
         )
     )
-    keys = keys.join(whole, on=["group", "step"], nulls_equal=True)
+    keys = keys.join(whole, on=_CELL, nulls_equal=True)
     alike = (pl.col("_size") <= 1) & (pl.col("dtype") <= 1)
     agree = pl.col("_whole") & (pl.col("_ranks") > 1) & (pl.col("_n") == pl.col("_ranks")) & alike
     return keys.filter(agree).select(_KEYS)
@@ -254,7 +260,7 @@ def _measured(paired: pl.DataFrame, offsets: pl.DataFrame, world: int, ceiling: 
     rows = rows.with_columns(
         (pl.len().over("match") >= size).alias("complete"),
         pl.col("duration_ns").min().over("match").alias("transfer_ns"),
-        pl.col("name").sort_by("rank").first().over("match"),
+        pl.col("name", "step").sort_by("rank").first().over("match"),
         size.alias("group_size"),
     )
     arrival = pl.col("aligned_arrival_ns")

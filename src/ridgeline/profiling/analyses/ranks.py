@@ -72,18 +72,20 @@ class StragglerVerdict:
     possible: bool
 
 
-def stragglers(tables: dict[int, TraceTable], threshold_ns: int | None = None) -> pl.DataFrame:
+def stragglers(tables: dict[int, TraceTable], threshold_ns: int | None = None, step: int | None = None) -> pl.DataFrame:
     """Ranks that make others wait, the dearest first; empty when there is none. Columns: ``COLUMNS``."""
-    return find_stragglers(tables, threshold_ns).frame
+    return find_stragglers(tables, threshold_ns, step).frame
 
 
-def find_stragglers(tables: dict[int, TraceTable], threshold_ns: int | None = None) -> StragglerVerdict:
-    """Stragglers with the threshold used and a sentence. The default threshold is the largest of 100 us, 1 % of the
-    median step, and the clocks' uncertainty."""
+def find_stragglers(
+    tables: dict[int, TraceTable], threshold_ns: int | None = None, step: int | None = None
+) -> StragglerVerdict:
+    """Stragglers, over the capture or in one profiler step, with the threshold used and a sentence. The default threshold
+    is the largest of 100 us, 1 % of the median step, and the clocks' uncertainty."""
     empty = pl.DataFrame(schema=_STRAGGLER_SCHEMA)
-    steps = {rank: step_windows(table) for rank, table in tables.items()}
+    steps = {rank: [one for one in step_windows(t) if step in (None, one[0])] for rank, t in tables.items()}
     limit = threshold_ns if threshold_ns is not None else _threshold(tables, steps)
-    matches = match_collectives(tables)
+    matches = match_collectives(tables, step=step)
     whole = matches.filter("complete")
     if whole.is_empty():
         return StragglerVerdict(empty, limit, _why_not(tables, matches), False)
@@ -98,10 +100,10 @@ def find_stragglers(tables: dict[int, TraceTable], threshold_ns: int | None = No
     )
 
 
-def wait_matrix(tables: dict[int, TraceTable]) -> pl.DataFrame:
+def wait_matrix(tables: dict[int, TraceTable], step: int | None = None) -> pl.DataFrame:
     """Who made whom wait, where, and what the late rank was doing, dearest first. Columns: ``COLUMNS``. Only
     collectives whose ranks are all here count."""
-    whole = match_collectives(tables).filter("complete")
+    whole = match_collectives(tables, step=step).filter("complete")
     late = whole.filter("last")
     if late.is_empty():
         return pl.DataFrame(schema=_WAIT_SCHEMA)
