@@ -259,13 +259,28 @@ def everything(ranks=(0, 1)):
             for i in range(25)
         ],
         "communication": [
-            {"from_rank": 1, "to_rank": 0, "waited_ns": 9_000_000},
-            {"from_rank": 0, "to_rank": 1, "waited_ns": 1_000_000},
+            {
+                "late_rank": 1,
+                "waiting_rank": 0,
+                "wait_ns": 6_000_000,
+                "name": "all_reduce",
+                "operator": "slow_op",
+                "count": 2,
+            },
+            {
+                "late_rank": 1,
+                "waiting_rank": 0,
+                "wait_ns": 3_000_000,
+                "name": "broadcast",
+                "operator": None,
+                "count": 1,
+            },
+            {"late_rank": 0, "waiting_rank": 1, "wait_ns": 1_000_000},
         ],
         "calltree": [
-            {"path": ["step"], "inclusive_ns": 1000, "exclusive_ns": 100, "count": 1},
-            {"path": ["step", "aten::mm"], "inclusive_ns": 600, "exclusive_ns": 600, "count": 3},
-            {"path": ["step", "aten::add"], "inclusive_ns": 300, "exclusive_ns": 300, "count": 2},
+            {"name": "step", "depth": 0, "inclusive_ns": 1000, "exclusive_ns": 100, "count": 1},
+            {"name": "aten::mm", "depth": 1, "inclusive_ns": 600, "exclusive_ns": 600, "count": 3},
+            {"name": "aten::add", "depth": 1, "inclusive_ns": 300, "exclusive_ns": 300, "count": 2},
         ],
         "roofline": {
             "operators": [
@@ -334,7 +349,7 @@ def test_the_page_is_one_balanced_file_in_a_fixed_order_that_needs_nothing_else(
     assert re.findall(r'<section id="([\w-]+)"', text) == anchors.split()
     assert text.index("<h3>large") < text.index("<h3>small")  # the caller's order
     for words in (
-        "void k24&lt;T&gt;",
+        "k24&lt;T&gt;",
         "saves 0 to 15 ms",
         "Unsafe: per-step means",
         "50.0 % of the time",
@@ -384,13 +399,32 @@ def test_a_frame_lies_in_its_parent_and_siblings_do_not_overlap():
         (2, 0, 600, "aten::mm"),
         (2, 600, 300, "aten::add"),
     ]
-    two = frames([{**row, "rank": rank} for row in everything()["calltree"] for rank in (0, 1)])
+    two = frames([{**row, "rank": rank} for rank in (0, 1) for row in everything()["calltree"]])
     assert [f[5] for f in two if f[0] == 1] == ["rank 0", "rank 1"] and two[0][2] == 2000
+    assert [f[5] for f in two] == [
+        "all",
+        *["rank 0", "step", "aten::mm", "aten::add"],
+        *["rank 1", "step", "aten::mm", "aten::add"],
+    ]
 
 
-def test_a_path_without_its_ancestors_is_as_long_as_what_is_below():
-    out = frames([{"path": ["a", "b", "c"], "inclusive_ns": 7}])
-    assert [(f[5], f[2], f[6]) for f in out] == [("all", 7, -1), ("a", 7, 0), ("b", 7, 1), ("c", 7, 2)]
+def test_the_same_name_under_two_parents_is_two_frames():
+    rows = [("a", 0, 10), ("x", 1, 4), ("b", 0, 8), ("x", 1, 7), ("y", 2, 5)]
+    out = frames([{"name": name, "depth": depth, "inclusive_ns": ns} for name, depth, ns in rows])
+    assert [(f[5], f[0], f[1], f[2], f[6]) for f in out] == [
+        ("all", 0, 0, 18, -1),
+        ("a", 1, 0, 10, 0),
+        ("x", 2, 0, 4, 1),
+        ("b", 1, 10, 8, 0),
+        ("x", 2, 10, 7, 3),
+        ("y", 3, 10, 5, 4),
+    ]
+
+
+def test_waits_for_a_pair_of_ranks_are_summed():
+    body = blocks.communication(everything()["communication"]).body
+    cells = re.findall(r"<td style=[^>]*>([^<]*)</td>", body)
+    assert cells == ["–", "1 ms", "9 ms", "–"] and "slow_op" in body
 
 
 def test_thinning_memory_keeps_the_peak_and_both_ends():

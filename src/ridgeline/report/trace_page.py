@@ -53,8 +53,8 @@ def write_trace_report(
     idle          rank, device, stream (None: all together), cause, idle_ns; shown under the summary
     critical_path rank, start_ns, end_ns, type, name, row (of the rank's table); on the tables' clock
     kernels       rank, name, role, count, sum_ns, mean_ns, share
-    communication from_rank (came last), to_rank (waited for it), waited_ns
-    calltree      rank, path (names, outermost first), inclusive_ns, exclusive_ns, count
+    communication late_rank, waiting_rank, wait_ns; and where known name, operator, count
+    calltree      rank, name, depth, inclusive_ns, exclusive_ns, count; a parent before its children
     roofline      {"operators": [operator, input_dims, dtype, flops, device_time_ns, flops_per_second,
                   intensity_flops_per_byte, share_of_ceiling, bound],
                   "ceilings": {gemm_flops_per_second: by dtype, read_bytes_per_second, source}}
@@ -62,8 +62,8 @@ def write_trace_report(
                   "peak": [rank, device, category, operator, where, count, bytes, share]}
     ============= =====================================================================================================
 
-    The rows may hold more keys; an analysis' frame as dicts (``frame.to_dicts()``) serves for summary, idle, kernels,
-    critical_path, roofline and memory.
+    The rows may hold more keys; an analysis' frame as dicts (``frame.to_dicts()``) serves for every one but
+    integrity and findings: those are ``to_dict()`` of each defect and cause.
 
     At most ``limit`` events are drawn; when there are more, the shortest are left out and the page says which.
 

@@ -182,22 +182,40 @@ def kernels(rows: Sequence[Row], title: str, limit: int = 15) -> Section:
     return Section(title, lead, body, "kernels")
 
 
-def communication(rows: Sequence[Row]) -> Section:
-    """Who made whom wait: a cell is the time that the column's rank waited for the row's."""
+def communication(rows: Sequence[Row], limit: int = 8) -> Section:
+    """Who made whom wait: a cell is the time that the column's rank waited for the row's; below it, at what."""
     lead = "Waiting in collectives: how long each column's rank waited for each row's rank, which came last."
-    waited = {(row["from_rank"], row["to_rank"]): int(row.get("waited_ns") or 0) for row in rows}
+    waited: dict[tuple[int, int], int] = {}
+    for row in rows:
+        pair = (int(row["late_rank"]), int(row["waiting_rank"]))
+        waited[pair] = waited.get(pair, 0) + int(row["wait_ns"])
     ranks = sorted({rank for pair in waited for rank in pair})
     most = max(waited.values(), default=0)
     if not most:
         return Section("Who waited for whom", lead, '<p class="why">No rank waited for another.</p>', "communication")
-    head = "".join(f"<th scope='col'>rank {esc(rank)}</th>" for rank in ranks)
+    head = "".join(f"<th scope='col'>rank {rank}</th>" for rank in ranks)
     lines = "".join(
-        f"<tr><th scope='row'>rank {esc(one)} was last</th>"
+        f"<tr><th scope='row'>rank {one} was last</th>"
         + "".join(_cell(waited.get((one, other), 0), most, one == other) for other in ranks)
         + "</tr>"
         for one in ranks
     )
     body = f'<div class="scroll"><table class="matrix"><thead><tr><td></td>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    named = sorted((row for row in rows if row.get("name")), key=lambda row: -int(row["wait_ns"]))[:limit]
+    if named:
+        cells = [
+            [
+                row["late_rank"],
+                row["waiting_rank"],
+                _name(row["name"]),
+                _name(row.get("operator") or "–"),
+                number(row.get("count")),
+                _time(int(row["wait_ns"])),
+            ]
+            for row in named
+        ]
+        columns = ["last", "waited", "at", "what the last one ran meanwhile", "times", "waited for it"]
+        body += f'<div class="scroll">{table(columns, cells, numeric=[0, 1, 4, 5])}</div>'
     return Section("Who waited for whom", lead, body, "communication")
 
 
@@ -233,7 +251,8 @@ def absent(title: str, reason: str) -> Section:
 
 def _name(name: Any) -> Html:
     """A name of which two lines show; the whole of it is its title."""
-    return Html(f'<div class="name" title="{esc(name)}">{esc(name)}</div>')
+    shown = str(name).removeprefix("void ")
+    return Html(f'<div class="name" title="{esc(name)}">{esc(shown)}</div>')
 
 
 def _time(ns: int | None) -> str:

@@ -293,7 +293,7 @@ class Painter {
     for (const tick of this.ticks) {
       const x = Math.round(this.x(tick.time));
       c.fillRect(x, RULER - 7, 1, 6);
-      c.fillText(tick.label, Math.min(x + 4, this.width - tick.label.length * this.letter), 11);
+      c.fillText(tick.label, Math.min(x + 4, this.width - tick.label.length * this.letter - 6), 11);
     }
     c.fillStyle = "#f5f7fa";
     c.fillRect(0, 0, this.gutter - 1, RULER - 1);

@@ -179,7 +179,7 @@ def memory(
         mine = [row for row in rows if (row.get("rank"), row.get("device")) == who]
         named = ", ".join(([f"rank {who[0]}"] if who[0] is not None else []) + ([str(who[1])] if who[1] else []))
         body += (f"<h3>{esc(named)}</h3>" if named else "") + _memory_svg(
-            mine, colours, origins.get(who[0], min(origins.values())), points
+            mine, colours, origins.get(-1 if who[0] is None else who[0], min(origins.values())), points
         )
     chips = "".join(f'<li><i style="background:{colours[key]}"></i>{esc(_category(key))}</li>' for key in used)
     body += f'<ul class="legend">{chips}</ul>'

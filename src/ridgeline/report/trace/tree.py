@@ -18,7 +18,7 @@ class _Node:
     children: dict[str, _Node] = field(default_factory=dict)
 
     def settle(self) -> int:
-        """Inclusive time, at least what its children hold: a path may be given without its ancestors."""
+        """Inclusive time, at least what its children hold: the whole and the ranks have none of their own."""
         self.inclusive = max(self.inclusive, sum(child.settle() for child in self.children.values()))
         return self.inclusive
 
@@ -26,16 +26,17 @@ class _Node:
 def frames(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """``[depth, start, inclusive, exclusive, count, name, parent]`` in depth-first order, larger children first.
 
-    ``rows``: ``path`` (list of names, outermost first), ``inclusive_ns``, ``exclusive_ns``, ``count``, ``rank`` (with
-    several ranks each is a frame of its own). The first frame is the whole; ``parent`` is a position or -1.
+    ``rows``: ``name``, ``depth``, ``inclusive_ns``, ``exclusive_ns``, ``count``, ``rank``; a parent before its children.
+    With several ranks each is a frame of its own. The first frame is the whole; ``parent`` is a position or -1.
     """
-    ranks = {row.get("rank") for row in rows}
+    several = len({row.get("rank") for row in rows}) > 1
     root = _Node()
+    line: list[_Node] = [root]
     for row in rows:
-        path = [*([f"rank {row.get('rank')}"] if len(ranks) > 1 else []), *map(str, row["path"])]
-        node = root
-        for name in path:
-            node = node.children.setdefault(name, _Node())
+        top = root.children.setdefault(f"rank {row.get('rank')}", _Node()) if several else root
+        line = [top, *line[1 : int(row["depth"]) + 1]]
+        node = line[-1].children.setdefault(str(row["name"]), _Node())
+        line.append(node)
         node.inclusive += int(row["inclusive_ns"])
         node.exclusive += int(row.get("exclusive_ns") or 0)
         node.count += int(row.get("count") or 0)
