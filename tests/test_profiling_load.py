@@ -8,13 +8,14 @@ from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ridgeline.errors import UserError
 from ridgeline.profiling.decimal_time import microseconds_to_ns
-from ridgeline.profiling.load import find_traces, load_table, parse_table
-from ridgeline.profiling.table import Kind, kind_of
+from ridgeline.profiling.load import find_traces, load_table, load_tables, parse_table
+from ridgeline.profiling.table import Kind, TraceTable, kind_of
 
 EVENT = '{"ph":"X","cat":"cpu_op","name":"aten::mm","pid":1,"tid":1,"ts":%s,"dur":%s}'
 
@@ -77,6 +78,11 @@ def test_base_time_is_added() -> None:
         ("gpu_user_annotation", Kind.GPU_ANNOTATION),
         ("python_function", Kind.PYTHON),
         ("gpu_something_new", Kind.DEVICE_OTHER),
+        ("mtia_runtime", Kind.RUNTIME),
+        ("mtia_ccp_events", Kind.KERNEL),
+        ("mtia_insight", Kind.DEVICE_OTHER),
+        ("collective_comm", Kind.DEVICE_OTHER),
+        ("hpu_op", Kind.RUNTIME),
         ("fwdbwd", Kind.OTHER),
         (None, Kind.OTHER),
     ],
@@ -165,3 +171,176 @@ def test_what_is_no_trace_is_one_clear_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             [load_table(path) for path in find_traces(tmp_path / name)]
         assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def event(name: str, category: str | None, pid: object, start: float, **args: object) -> dict:
+    """A complete event of 5 us."""
+    made = {"ph": "X", "name": name, "pid": pid, "tid": 7, "ts": start, "dur": 5, "args": args}
+    return made if category is None else {**made, "cat": category}
+
+
+def label(pid: object, name: str) -> dict:
+    """The name of a process."""
+    return {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}}
+
+
+def table_of(events: list[dict], **top: object) -> TraceTable:
+    """Their table."""
+    return parse_table(json.dumps({**top, "traceEvents": events}).encode(), "t.json")
+
+
+def test_folder_glob_list_and_zstd(tmp_path: Path) -> None:
+    """Everything a user may name; a file is told apart by its content, several compressed members are one text."""
+    document = ('{"traceEvents":[' + EVENT % (10, 5) + "]}").encode()
+    (tmp_path / "rank0.json").write_bytes(document)
+    (tmp_path / "rank1.json.gz").write_bytes(gzip.compress(document[:30]) + gzip.compress(document[30:]))
+    compress = zstandard.ZstdCompressor().compress
+    (tmp_path / "rank2.json.zst").write_bytes(compress(document[:30]) + compress(document[30:]))
+    (tmp_path / "rank3.json").write_bytes(gzip.compress(document))
+    (tmp_path / "notes.txt").write_text("no trace")
+    for where in (
+        tmp_path,
+        str(tmp_path / "rank*"),
+        sorted(tmp_path.glob("rank*")),
+        [tmp_path, tmp_path / "rank0.json"],
+    ):
+        tables = load_tables(where)
+        assert [table.meta.rank for table in tables] == [0, 1, 2, 3]
+        assert [table.start.tolist() for table in tables] == [[10_000]] * 4
+    with pytest.raises(UserError, match="no file matches"):
+        load_tables(str(tmp_path / "nothing*.json"))
+
+
+def test_a_cut_trace_gives_its_whole_events(tmp_path: Path) -> None:
+    """Cut anywhere, as text or as gzip, what came before the cut is there, and the report says where it ends."""
+    document = (
+        '{"distributedInfo":{"rank":4},"traceEvents":[' + ",".join(EVENT % (at, 1) for at in range(500))
+    ).encode()
+    table = parse_table(document[: document.index(EVENT.encode()[:20], 9000) - 7], "t.json")
+    assert table.start.tolist() == [1000 * at for at in range(len(table))] and 90 < len(table) < 130
+    assert (table.meta.rank, table.meta.repairs) == (4, (f"cut off after {len(table)} events",))
+    noise = bytes(range(256)) * 8
+    (tmp_path / "rank5.json.gz").write_bytes(gzip.compress(document, 1)[:-300])
+    (tmp_path / "rank6.json.gz").write_bytes(gzip.compress(document, 1)[:-300] + noise)
+    cut, noisy = load_tables(tmp_path)
+    assert cut.start.tolist() == [1000 * at for at in range(len(cut))]
+    for damaged in (cut, noisy):  # what noise decompresses to may pass for an event, so the second has a few strangers
+        assert len({1000 * at for at in range(500)} & set(damaged.start.tolist())) > 50
+        assert any("gzip stream is cut off or damaged" in one for one in damaged.meta.repairs)
+        assert any(one.startswith("cut off after") for one in damaged.meta.repairs)
+
+
+@pytest.mark.parametrize(
+    ("bad", "repair"),
+    [
+        ('{"ph":"X","cat":"cpu_op","name":"x","pid":1,"tid":1,"ts":1,"dur":[1}', "1 damaged events left out"),
+        ('{"ph":5,"cat":"cpu_op","name":"x","pid":1,"tid":1,"ts":1,"dur":1}', "1 damaged events left out"),
+        (EVENT % ('"soon"', 1), "1 events without a readable time left out"),
+        (EVENT % ("1" * 40, 1), "1 events without a readable time left out"),
+        (EVENT % (1, "null"), "1 events without a readable time left out"),
+        (EVENT % (1, "1e400"), "1 events without a readable time left out"),
+    ],
+)
+def test_one_bad_event_does_not_cost_the_others(bad: str, repair: str) -> None:
+    """It is left out and counted; the hundred around it, and the keys after them, are read."""
+    events = [EVENT % (at, 1) for at in range(10, 110)]
+    document = '{"traceEvents":[' + ",".join([*events[:50], bad, *events[50:]]) + '],"distributedInfo":{"rank":2}}'
+    table = parse_table(document.encode(), "t.json")
+    assert table.start.tolist() == [1000 * at for at in range(10, 110)]
+    assert table.meta.rank == 2
+    assert repair in table.meta.repairs
+
+
+def test_order_duplicates_and_negative_durations() -> None:
+    """The order of a file means nothing; an event merged in twice counts once; an end before its start stays visible."""
+    events = [event(f"k{at}", "kernel", 0, at, correlation=at, device=0, stream=7) for at in range(20)]
+    table = table_of([*events[::-1], *events[3:9]])
+    assert table.start.tolist() == [1000 * at for at in range(20)]
+    assert table.meta.repairs == ("6 duplicated events left out",)
+    assert table_of(events).meta.repairs == ()
+    backwards = table_of([{**events[1], "dur": -3}, *events[2:]])
+    assert backwards.duration.tolist() == [-3000] + [5000] * 18
+    alike = [{**event("f", "cpu_op", 1, 3), "args": {}, "dur": 0}] * 2
+    for one in alike:
+        one.pop("args", None)
+    assert len(table_of(alike)) == 2
+
+
+def test_lawful_oddities() -> None:
+    """A comma before the end, a byte order mark, a list never closed (Chrome allows it), one file after another."""
+    events = EVENT % (1, 1) + "," + EVENT % (2, 1)
+    comma = parse_table(('{"traceEvents":[' + events + ', ],"distributedInfo":{"rank":1}}').encode(), "t.json")
+    assert (len(comma), comma.meta.rank, comma.meta.repairs) == (2, 1, ("a comma before the end of the events",))
+    assert len(parse_table(b"\xef\xbb\xbf[" + events.encode() + b"]", "t.json")) == 2
+    unclosed = parse_table(("[" + events).encode(), "t.json")
+    assert (len(unclosed), unclosed.meta.repairs) == (2, ("cut off after 2 events",))
+    twice = parse_table(('{"traceEvents":[' + events + "]}" + '{"traceEvents":[' + events + "]}").encode(), "t.json")
+    assert len(twice) == 2 and "keys around the events are damaged" in twice.meta.repairs[0]
+
+
+def merged(name: object, **args: object) -> list[dict]:
+    """One rank's part: an op, its launch and its kernel, with ids that the other rank uses too."""
+    host, device = (name(83), name(0)) if callable(name) else name  # type: ignore[misc]
+    return [
+        event("aten::mm", "cpu_op", host, 1, **args),
+        event("cudaLaunchKernel", "cuda_runtime", host, 2, correlation=9, **args),
+        event("gemm", "kernel", device, 5, correlation=9, device=0, stream=7, **args),
+    ]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        # SGLang's merger puts the parallel ranks before the process id.
+        [merged(lambda pid: f"[TP00-DP00] {pid}"), merged(lambda pid: f"[TP01-DP00] {pid}")],
+        # TraceLens' fusion moves the ids apart, writes the rank into the arguments, and names the processes.
+        [
+            [*merged((83, 1), rank=0, pid_raw=83), label(83, "RANK 0 - CPU"), label(1, "RANK 0 - GPU")],
+            [*merged((1083, 1001), rank=1, pid_raw=83), label(1083, "RANK 1 - CPU"), label(1001, "RANK 1 - GPU")],
+        ],
+        [merged((83, 1), rank=0, pid_raw=83), merged((1083, 1001), rank=1, pid_raw=83)],
+        # By hand: the rank in the process id, or in the name of the process.
+        [merged(lambda pid: f"rank0: {pid}"), merged(lambda pid: f"rank 1: {pid}")],
+        [
+            [*merged((83, 1)), label(83, "Rank 0"), label(1, "Rank 0 GPU")],
+            [*merged((5, 6)), label(5, "Rank 1"), label(6, "Rank 1")],
+        ],
+    ],
+    ids=["sglang", "tracelens", "tracelens without names", "process id", "process name"],
+)
+def test_a_merged_file_is_split_by_rank(parts: list[list[dict]], tmp_path: Path) -> None:
+    """Each rank gets its own rows, so equal correlation ids never meet; the report says how the file was read."""
+    (tmp_path / "all.json").write_text(
+        json.dumps({"traceEvents": [*parts[1], *parts[0], event("x", "cpu_op", "Spans", 1)]})
+    )
+    tables = load_tables(tmp_path)
+    assert [table.meta.rank for table in tables] == [0, 1]
+    for table in tables:
+        assert [table.names[code] for code in table.name.tolist()] == ["aten::mm", "cudaLaunchKernel", "gemm"]
+        assert "a merged file of 2 ranks" in table.meta.repairs[0]
+        assert "1 events of processes without a rank left out" in table.meta.repairs[0]
+    (tmp_path / "all.json").write_text(json.dumps({"traceEvents": parts[0]}))
+    assert len(load_tables(tmp_path)) == 1
+
+
+def test_rows_of_other_accelerators_are_kept_and_said() -> None:
+    """MTIA's rows by their category; an Ascend NPU writes none, and is known by the name of its process."""
+    ascend = [
+        label(3, "Ascend Hardware"),
+        event("MatMulV2", None, 3, 1, **{"Task Type": "AI_CORE", "Physic Stream Id": 4}),
+        event("SDMA", None, 3, 10, **{"Task Type": "SDMA", "Physic Stream Id": 11}),
+        event("EVENT_WAIT", None, 3, 20, **{"Task Type": "EVENT_WAIT"}),
+        event("Computing", None, 9, 1),
+    ]
+    table = table_of(ascend)
+    kinds = {table.names[code]: Kind(int(kind)) for code, kind in zip(table.name.tolist(), table.kind, strict=True)}
+    assert kinds == {
+        "MatMulV2": Kind.KERNEL,
+        "SDMA": Kind.MEMCPY,
+        "EVENT_WAIT": Kind.DEVICE_OTHER,
+        "Computing": Kind.OTHER,
+    }
+    assert table.stream[table.device_rows].tolist() == [4, 11, -1]
+    assert table.meta.repairs == ("1 device events of a kind we do not know are kept as such",)
+    mtia = table_of([event("fc", "mtia_ccp_events", 0, 1), event("x", "mtia_insight", 0, 9)])
+    assert mtia.kind.tolist() == [Kind.KERNEL, Kind.DEVICE_OTHER]

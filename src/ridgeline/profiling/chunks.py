@@ -1,4 +1,4 @@
-"""Decode a trace a few megabytes at a time, on event boundaries, whatever its lines look like.
+"""Decode a trace about a megabyte at a time, on event boundaries, whatever its lines look like.
 
 ::
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-CHUNK = 4 << 20
+CHUNK = 1 << 20
 _RUN = 256
 """Events tried together once a chunk is known to hold a damaged one."""
 _JOIN = 16
@@ -254,7 +254,7 @@ class Chunks:
             try:
                 return _decode(piece), size
             except _Failed as error:
-                found = self._end_of_array(piece, error) if "trailing" in str(error) else self._comma_end(piece)
+                found = self._end_of_array(piece, error) or self._comma_end(piece)
             if found:
                 return found[0], begin + found[1]
         return [], 0

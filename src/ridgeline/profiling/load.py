@@ -2,7 +2,7 @@
 
 ::
 
-    blocks of text -> events, a few megabytes at a time -> columns -> sorted table (-> one table per rank)
+    blocks of text -> events, a megabyte at a time ->     columns -> sorted table (-> one table per rank)
     sources.py        chunks.py                            gather.py   here             ranks.py
 
 Small and large files take the same way. Past :data:`STREAM_BYTES` of text only the arguments of collectives, copies

@@ -19,7 +19,7 @@ TRACE_SUFFIXES = (".json", ".json.gz", ".json.zst")
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes in all), of the files as they are on disk."""
 
-BLOCK = 1 << 20
+BLOCK = 1 << 19
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _STEP = 512  # once a stream is known to be damaged, feed it in steps as small as this up to the damage
 
@@ -49,7 +49,7 @@ def find_traces(where: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 class Reader:
-    """The uncompressed text of one file as blocks of about a megabyte.
+    """The uncompressed text of one file as blocks of about half a megabyte.
 
     ``notes`` holds, once the blocks have been read, what was wrong with the compressed stream. ``progress`` is told
     ``done + bytes read`` of ``total``.
