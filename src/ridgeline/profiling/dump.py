@@ -16,7 +16,7 @@ from ridgeline.profiling.trace import Trace, analysis
 from ridgeline.profiling.trust import defects
 
 Rows = list[dict[str, Any]]
-MOST_SEGMENTS, MOST_PATHS, MOST_KERNELS, MOST_MOMENTS = 20_000, 2_000, 200, 5_000
+MOST_SEGMENTS, MOST_PATHS, MOST_KERNELS, MOST_MOMENTS = 200_000, 2_000, 200, 5_000
 """What a page holds at most of each table; the rest would not be seen."""
 
 
@@ -38,7 +38,7 @@ def report_sections(trace: Trace, ceilings: Mapping[str, Any] | None = None) -> 
         "idle": trace.idle_by_cause().filter(pl.col("idle_ns") > 0).to_dicts(),
         "kernels": trace.kernel_breakdown().head(MOST_KERNELS).to_dicts(),
         "critical_path": _path(trace),
-        "communication": _waits(trace),
+        "communication": trace.wait_matrix().to_dicts(),
         "calltree": trace.call_tree().sort("inclusive_ns", descending=True).head(MOST_PATHS).to_dicts(),
         "roofline": _roofline(trace, ceilings),
         "memory": _memory(trace),
@@ -111,12 +111,6 @@ def _why(trace: Trace, name: str) -> str | None:
 def _path(trace: Trace) -> Rows:
     """The longest segments of each rank's critical path, in time order."""
     return trace.critical_path().sort("duration_ns", descending=True).head(MOST_SEGMENTS).sort("start_ns").to_dicts()
-
-
-def _waits(trace: Trace) -> Rows:
-    keys = {"late_rank": "from_rank", "waiting_rank": "to_rank"}
-    summed = trace.wait_matrix().group_by(list(keys)).agg(pl.col("wait_ns").sum().alias("waited_ns"))
-    return summed.rename(keys).sort("from_rank", "to_rank").to_dicts()
 
 
 def _roofline(trace: Trace, ceilings: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -1,0 +1,202 @@
+"""``ridgeline trace`` on real and made traces: the contract of its summary, its tables, its one line on bad input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from ridgeline.profiling.columns import columns, markdown
+from ridgeline.profiling.dump import frames, report_sections
+from ridgeline.profiling.explain import explain
+from ridgeline.profiling.load import find_traces
+from ridgeline.profiling.summary import RANK_KEYS, summarize
+from ridgeline.profiling.trace import Trace
+from ridgeline.profiling.trust import defects
+
+TRACES = Path(__file__).parents[2] / "shared" / "traces"
+FILES = sorted(TRACES.rglob("*.json.gz")) if TRACES.is_dir() else []
+needs_traces = pytest.mark.skipif(not FILES, reason="the shared traces are not here")
+
+
+def trace(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ridgeline", "trace", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def document(*arguments: str | Path) -> Any:
+    done = trace(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def event(name: str, ts: float, dur: float, cat: str = "cpu_op", tid: int = 1, **args: Any) -> dict[str, Any]:
+    return {"ph": "X", "cat": cat, "name": name, "pid": 1, "tid": tid, "ts": ts, "dur": dur, "args": args}
+
+
+def rank_file(folder: Path, rank: int, late_us: float) -> Path:
+    """Three steps of 10 ms with one all-reduce each; this rank arrives ``late_us`` after the earliest one could."""
+    events = []
+    for step in range(3):
+        begun = step * 10_000.0
+        events += [
+            event(f"ProfilerStep#{step}", begun, 10_000, "user_annotation"),
+            event("aten::mm", begun + late_us, 4_000),
+            event("c10d::allreduce_", begun + late_us + 4_000, 50),
+            event("gloo:all_reduce", begun + 7_000, 1_000, "user_annotation", 2, **{"Input Dims": [[256]]}),
+            event("aten::add", begun + 8_100, 1_800),
+        ]
+    target = folder / f"rank{rank}.json.gz"
+    info = {"rank": rank, "world_size": 2, "backend": "gloo"}
+    target.write_bytes(gzip.compress(json.dumps({"distributedInfo": info, "traceEvents": events}).encode()))
+    return target
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, of which the second comes 3 ms late to every collective."""
+    folder = tmp_path_factory.mktemp("pair")
+    rank_file(folder, 0, 0)
+    rank_file(folder, 1, 3_000)
+    return folder
+
+
+def test_the_summary_keeps_its_contract(pair: Path) -> None:
+    found = document("summary", pair)
+    assert set(found) == {"integrity", "ranks", "stragglers", "findings"}
+    assert [set(row) for row in found["ranks"]] == [set(RANK_KEYS)] * 2
+    first = found["ranks"][0]
+    assert (first["rank"], first["device"], first["steps"], first["span_ns"]) == (0, "cpu", 3, 30_000_000)
+    assert first["compute_ns"] == 3 * 5_800_000
+    assert first["communication_ns"] == 3 * 4_000_000, "from the call at 4 ms to the end of the transfer at 8 ms"
+    assert first["overlap_fraction"] == 0 and first["kernel_count"] == 0
+    (late,) = found["stragglers"]
+    assert (late["rank"], late["caused_wait_ns"], late["op"]) == (1, 9_000_000, "c10d::allreduce_")
+    assert any(one["kind"] == "straggler" and one["rank"] == 1 for one in found["findings"])
+
+
+def test_one_step_of_the_summary(pair: Path) -> None:
+    found = document("summary", pair, "--step", 1)
+    assert [row["span_ns"] for row in found["ranks"]] == [10_000_000] * 2
+    assert [row["steps"] for row in found["ranks"]] == [1, 1]
+    assert found["stragglers"][0]["caused_wait_ns"] == 3_000_000
+
+
+def test_findings_are_ranked_and_doubted_where_ranks_lack(pair: Path) -> None:
+    whole = explain(Trace.load(pair))
+    assert [one.gain_seconds[1] for one in whole] == sorted((one.gain_seconds[1] for one in whole), reverse=True)
+    assert all(0 <= one.gain_seconds[0] <= one.gain_seconds[1] <= 1.5 * one.seconds + 1e-9 for one in whole)
+    half = Trace.load(pair / "rank0.json.gz")
+    lacking = defects(half)
+    assert [one.kind for one in lacking] == ["missing_ranks"]
+    told = {one.kind: one.unsafe for one in explain(half, lacking)}
+    assert told["communication"] == ("missing_ranks",)
+
+
+def test_every_table_documents_every_column(pair: Path) -> None:
+    known = {name for table in columns().values() for name in table} | {"rank"}
+    for name, make in frames().items():
+        assert set(make(Trace.load(pair)).columns) <= known, name
+    assert all(text.strip() for table in columns().values() for text in table.values())
+    page = Path(__file__).parents[1] / "docs" / "columns.md"
+    assert page.read_text(encoding="utf-8").endswith(markdown()), "python -m ridgeline.profiling.columns"
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "explain",
+        "kernels",
+        "launches",
+        "comm",
+        "idle",
+        "critical-path",
+        "tree",
+        "sequences",
+        "roofline",
+        "memory",
+        "whatif",
+    ],
+)
+def test_every_verb_prints_for_people_and_machines(pair: Path, verb: str) -> None:
+    shown = trace(verb, pair)
+    assert shown.returncode == 0 and shown.stdout.strip(), shown.stderr
+    assert "Traceback" not in shown.stderr
+    assert isinstance(document(verb, pair), dict)
+
+
+def test_the_critical_path_goes_through_the_late_rank(pair: Path) -> None:
+    segments = pl.DataFrame(document("critical-path", pair, "--across")["segments"])
+    on_late = segments.filter(pl.col("rank") == 1)["duration_ns"].sum()
+    assert on_late >= 3 * 7_000_000, "its 3 ms late start and its matrix product bound every step"
+
+
+def test_diff_says_first_how_the_captures_differ(pair: Path, tmp_path: Path) -> None:
+    rank_file(tmp_path, 0, 0)
+    found = document("diff", pair, tmp_path / "rank0.json.gz")
+    assert any("rank" in row["key"] for row in found["configuration"])
+    same = document("diff", pair, pair)
+    assert same["configuration"] == [] and all(row["delta_ns"] == 0 for row in same["changes"])
+
+
+def test_export_for_perfetto_and_parquet(pair: Path, tmp_path: Path) -> None:
+    (file,) = document("export", pair / "rank1.json.gz", "--out", tmp_path / "out.json.gz")["files"]
+    events = json.loads(gzip.decompress(Path(file).read_bytes()))["traceEvents"]
+    assert {one["name"] for one in events} >= {"aten::mm", "c10d::allreduce_"}
+    written = document("export", pair, "--out", tmp_path / "tables")["files"]
+    assert {Path(one).stem for one in written} == set(frames())
+    assert pl.read_parquet(tmp_path / "tables" / "temporal.parquet")["span_ns"].to_list() == [30_000_000] * 2
+
+
+def test_the_report_holds_what_the_analyses_found(pair: Path, tmp_path: Path) -> None:
+    sections = report_sections(Trace.load(pair))
+    (wait,) = sections["communication"]
+    assert (wait["late_rank"], wait["waiting_rank"], wait["wait_ns"]) == (1, 0, 9_000_000)
+    assert document("report", pair, "--out", tmp_path / "page.html")["report"] == str(tmp_path / "page.html")
+    assert "aten::mm" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["summary", "nowhere.json"], "no such file"),
+        (["summary", "PAIR", "--step", "9"], "its steps are 0 to 2"),
+        (["idle", "PAIR", "--rank", "7"], "no rank 7"),
+        (["kernels", "PAIR", "--by", "operatr"], "did you mean 'operator'"),
+        (["whatif", "PAIR", "--change", "free-comunication"], "did you mean 'free-communication'"),
+        (["critical-path", "PAIR", "--across", "--step", "1"], "leave out --step"),
+        (["diff", "PAIR", "PAIR", "--by", "modul"], "did you mean 'module'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(pair: Path, arguments: list[str], words: str) -> None:
+    done = trace(*[str(pair) if one == "PAIR" else one for one in arguments])
+    assert done.returncode == 2 and done.stdout == "", done.stdout
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("ridgeline:")]
+    assert words in line and "Traceback" not in done.stderr
+
+
+@needs_traces
+@pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(path.parts[-2:]))
+def test_every_shared_trace_has_a_summary(path: Path) -> None:
+    """With the identities that hold on any trace."""
+    found = summarize(Trace.load(path))
+    for row in found["ranks"]:
+        assert row["busy_ns"] + row["idle_ns"] == row["span_ns"]
+        assert max(row["compute_ns"], row["communication_ns"], row["memory_ns"]) <= row["busy_ns"]
+        assert row["busy_ns"] <= row["compute_ns"] + row["communication_ns"] + row["memory_ns"]
+        assert 0 <= row["exposed_communication_ns"] <= row["communication_ns"]
+        assert (row["overlap_fraction"] is None) == (row["communication_ns"] == 0)
+    json.dumps(found)
+
+
+@needs_traces
+def test_the_planted_straggler_is_found() -> None:
+    found = summarize(Trace.load(TRACES / "gloo"))
+    assert [one["rank"] for one in found["stragglers"]] == [1]
+    assert len(find_traces(TRACES / "gloo")) == 2
