@@ -170,7 +170,7 @@ def kernels(rows: Sequence[Row], title: str, limit: int = 15) -> Section:
             _time(row.get("sum_ns")),
             _time(row.get("mean_ns")),
             Html(
-                f'<i class="meter" style="width:{90 * float(row.get("share") or 0) / largest:.1f}px"></i> {percent(row.get("share")).replace(" ", chr(160))}'
+                f'<span class="share"><i class="meter" style="width:{90 * float(row.get("share") or 0) / largest:.1f}px"></i> {percent(row.get("share"))}</span>'
             ),
         ]
         for row in ordered
