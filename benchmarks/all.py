@@ -169,12 +169,44 @@ def of_generate(document: Document) -> tuple[Figures, dict[str, Rows]]:
     return figures, {"generate": [head, *cells]}
 
 
+def of_traces(document: Document) -> tuple[Figures, dict[str, Rows]]:
+    """Loading and analysing traces against Holistic Trace Analysis, file by file and in total."""
+    floor, total = document["aa_floor"], document["total"]
+    raw = sum(row["ridgeline"]["raw_bytes"] for row in document["rows"].values())
+    load = sum(row["ridgeline"]["load"] for row in document["rows"].values())
+    figures = {
+        "traces.vs_hta": figure(document["times_faster"], "x", floor),
+        "traces.vs_hta_slowest": figure(document["slowest_times_faster"], "x", floor),
+        "traces.memory_of_hta": figure(100 * document["memory_ratio"], "%", None, ".0f"),
+        "traces.memory_of_hta_worst": figure(100 * document["worst_memory_ratio"], "%", None, ".0f"),
+        "traces.load": figure(raw / load / 1e6, "MB/s", floor, ".0f"),
+    }
+    head = ["trace", "text", "events kept", "HTA", "Ridgeline", "faster", "HTA's memory", "Ridgeline's memory"]
+    cells = [_trace_cells(name, row) for name, row in document["rows"].items()]
+    ours, theirs = total["ridgeline"], total["HTA"]
+    sums = [f"{theirs['seconds']:.1f} s", f"{ours['seconds']:.1f} s", f"{document['times_faster']:.1f}x"]
+    memory = [f"{theirs['peak_bytes'] / 1e6:.0f} MB", f"{ours['peak_bytes'] / 1e6:.0f} MB"]
+    return figures, {"traces": [head, *cells, ["sum of all", f"{raw / 1e6:.0f} MB", "", *sums, *memory]]}
+
+
+def _trace_cells(name: str, row: Document) -> list[str]:
+    ours, theirs = row["ridgeline"], row.get("HTA")
+    size = [f"{ours['raw_bytes'] / 1e6:.1f} MB", f"{ours['rows']:,.0f}"]
+    mine = f"{ours['peak_bytes'] / 1e6:.0f} MB"
+    if theirs is None:
+        reason = row["hta_failures"].get("load", "failed")
+        return [name, *size, reason, f"{ours['seconds']:.2f} s", "", "", mine]
+    speed = [f"{theirs['seconds']:.2f} s", f"{ours['seconds']:.2f} s", f"{row['times_faster']:.1f}x"]
+    return [name, *size, *speed, f"{theirs['peak_bytes'] / 1e6:.0f} MB", mine]
+
+
 Converter = Callable[[Document], tuple[Figures, dict[str, Rows]]]
 INFERENCE = ["src/ridgeline/inference", "src/ridgeline/models", "src/ridgeline/kernels", "src/ridgeline/optimize"]
 BENCHMARKS: dict[str, tuple[Converter, list[str]]] = {
     "startup": (of_startup, ["src/ridgeline/cli/main.py"]),
     "train": (of_train, [f"src/ridgeline/{room}" for room in ("train", "parallel", "models", "kernels", "compiler")]),
     "generate": (of_generate, INFERENCE),
+    "traces": (of_traces, ["src/ridgeline/profiling"]),
     "serve": (of_serve, [*INFERENCE, "src/ridgeline/serving"]),
 }
 

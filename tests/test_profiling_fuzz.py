@@ -16,7 +16,26 @@ from ridgeline.profiling.load import parse_table
 from test_profiling_synthetic import event, kernel, launch, phase, step, text
 
 BATCHES, EACH = 10, 500
-ODD = [None, True, -1, 0, 1.5, 2**63, 2**64, -(2**70), 10**400, "", "x", "9" * 30, "²", "NaN", [], [[]], {}, {"a": [{}]}]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    2**63,
+    2**64,
+    -(2**70),
+    10**400,
+    "",
+    "x",
+    "9" * 30,
+    "²",
+    "NaN",
+    [],
+    [[]],
+    {},
+    {"a": [{}]},
+]
 FIELDS = ["ph", "name", "cat", "pid", "tid", "ts", "dur", "args", "id"]
 ARGS = ["correlation", "device", "stream", "Collective name", "rank", "Input Dims"]
 
