@@ -157,6 +157,22 @@ def test_work_from_before_the_capture_has_no_cause():
     assert steps(critical_path(table)) == [("not recorded", "old", 10), ("kernel", "old", 90)]
 
 
+def test_a_long_hole_before_queued_work_is_not_called_a_gap():
+    """b was launched while a ran, and starts 60 us after it: whatever kept it is not in the trace."""
+    table = table_of(
+        [event("aten::x", 0, 60), launch(5, 2, 1), kernel("a", 10, 90, 1), launch(20, 2, 2), kernel("b", 160, 10, 2)]
+    )
+    assert steps(critical_path(table))[-3:] == [("kernel", "a", 90), ("not recorded", "b", 60), ("kernel", "b", 10)]
+
+
+@needs_traces
+def test_lost_kernels_are_not_mistaken_for_launch_overhead():
+    """Between a kernel's end and a memset launched 130 ms earlier lie 64.652 ms with nothing on any stream."""
+    table = load_table(TRACES / "hta/negative_queue_length_values_check/rank0.json.gz")
+    holes = critical_path(table).filter((pl.col("type") == "not recorded") & (pl.col("duration_ns") == 64_652_000))
+    assert holes["name"].to_list() == ["Memset (Device)"]
+
+
 def test_a_blocking_copy_waits_for_itself():
     table = table_of(
         [

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ridgeline.errors import UserError
+from ridgeline.profiling.analyses.critical_path import critical_path
 from ridgeline.profiling.analyses.graph import build
 from ridgeline.profiling.analyses.whatif import (
     COLUMNS,
@@ -72,6 +73,24 @@ def test_a_loader_that_takes_no_time():
     ]
     row = what_if(table_of(events), "no-data-wait").row(0, named=True)
     assert (row["predicted_ns"], row["changed_ns"]) == (200_000, 300_000)
+
+
+def test_a_launch_into_a_full_queue_waits_for_the_device():
+    """400 kernels of 100 us each, launched every 5 us; with 300 waiting a call returns when a kernel ends. Nothing ever
+    synchronises, yet faster kernels make the host faster: the last calls wait for them."""
+    events = []
+    at = 0
+    for number in range(400):
+        blocked = number >= 340
+        ends = 100 * (number - 300) + 111 if blocked else at + 3
+        events += [launch(at, ends - at, number), kernel("k", 10 + 100 * number, 100, number)]
+        at = ends + 2
+    table = table_of([event("aten::loop", 0, at), *events])
+    path = critical_path(table, (0, at * 1000))
+    assert path.filter(path["type"] == "kernel")["duration_ns"].sum() > 0.9 * at * 1000
+    half = predicted_us(table, "kernel:k=0.5", (0, at * 1000))
+    assert 0.45 * at < half < 0.6 * at
+    assert predicted_us(table, "no-sync", (0, at * 1000)) == at, "the device is as busy as before"
 
 
 def test_free_communication_on_two_ranks():
@@ -171,7 +190,7 @@ def test_recorded_traces_answer_what_would_help():
     """A loader-bound run gains from its loader, a run that waits for collectives from these, and not the other way."""
     loader = what_if(load_table(TRACES / "param/resnet_kineto.json.gz"), PLAIN)
     gains = dict(loader.select("change", "gain_share").iter_rows())
-    assert gains["no-data-wait"] > 0.4 and gains["free-communication"] == 0 and gains["no-sync"] < 0.01
+    assert gains["no-data-wait"] > 0.4 and gains["free-communication"] == 0 and gains["no-sync"] < 0.1
     waiting = what_if(load_table(TRACES / "tracelens/mi300/resnet_act_checkpoint.json.gz"), PLAIN)
     gains = dict(waiting.select("change", "gain_share").iter_rows())
     assert gains["free-communication"] > 0.4 and gains["no-data-wait"] == 0

@@ -155,8 +155,8 @@ class _Tracks:
         self._taken = {int(one) for pair in table.threads for one in pair if _is_number(one)}
         self.names: list[Event] = []
         self.pids = {pid: int(pid) if _is_number(pid) else self._new() for pid in pids}
-        for pid in pids:
-            self._name("process_name", self.pids[pid], 0, pid)
+        for text, number in self.pids.items():
+            self._name("process_name", number, 0, text)
         self.ours = self.process("Ridgeline")
         self.place = [(self.pids[pid], int(tid) if _is_number(tid) else self._new()) for pid, tid in table.threads]
         for (pid, tid), (_, text) in zip(self.place, table.threads, strict=True):

@@ -116,7 +116,7 @@ def _join(built: list[Builder], shift: list[int]) -> tuple[Graph, list[Nodes]]:
         row=column("row", -1, -1),
         time=np.concatenate(([low], time[order], [time.max()])),
         back=np.concatenate(([0], back, [ends.max()])).astype(np.intp),
-        kind=column("kind", Edge.OUTSIDE, Edge.OUTSIDE),
+        kind=column("kind", Edge.OUTSIDE, Edge.OUTSIDE).astype(np.int8),
         label=column("label", -1, -1),
         slack=Edges.join(slack),
     )

@@ -204,7 +204,7 @@ def driving_threads(table: TraceTable) -> list[int]:
 def backward_threads(table: TraceTable) -> list[int]:
     """Threads that run nodes of autograd."""
     nodes = table.is_kind(Kind.CPU_OP) & table.named(AUTOGRAD_NODE.match)
-    return np.unique(table.thread[nodes]).tolist()
+    return [int(code) for code in np.unique(table.thread[nodes])]
 
 
 def _host_rows(table: TraceTable, driving: list[int]) -> Mask:

@@ -25,7 +25,15 @@ from ridgeline.profiling.table import Kind, Mask
 
 UNEXPLAINED_NS = 5_000
 """A kernel that starts this long after its launch and its stream's last kernel waited for another stream."""
+LONGEST_NS = {Edge.LAUNCH: 1_000_000, Edge.GAP: 50_000}
+"""A longer delay is no launch delay or gap between kernels: the device did or waited for something not recorded, as in
+captures that lost kernels."""
 LATENCY_QUANTILE = 0.1
+FULL_QUEUE = 256
+"""Launched work of one stream that has not begun: with this much of it a slow launch call waited for room. CUDA's
+queues hold about 1,000 kernels, those of graphs fewer."""
+SLOW_CALL = 10
+"""A launch call is slow when it takes this many times the median."""
 
 
 def streams(made: Builder) -> None:
@@ -86,7 +94,9 @@ def _bind_latest(made: Builder, rows: Nodes, causes: dict[Edge, tuple[Nodes, int
     for at, (kind, (node, needs)) in enumerate(causes.items()):
         there = node >= 0
         binds = there & (latest == at)
-        made.bind(start[binds], node[binds], kind, rows[binds])
+        took = made.time[start[binds]] - made.time[node[binds]]
+        known = np.where(took <= LONGEST_NS.get(kind, took), kind, Edge.OUTSIDE).astype(np.int8)
+        made.bind(start[binds], node[binds], known, rows[binds])
         loose = there & (latest != at)
         least = np.full(int(loose.sum()), needs, np.int64)
         made.loosen(node[loose], start[loose], least, kind, rows[loose])
@@ -173,19 +183,41 @@ def _recorded_waits(made: Builder, rows: Nodes, launched: Nodes, start: Nodes, v
 
 
 def synchronisation(made: Builder) -> None:
-    """Rebind the end of each call that blocked until the device was done (a synchronisation, or a copy that waits for
-    itself) to the device row that it waited for."""
+    """Rebind the end of each call that blocked until the device was done (a synchronisation, a copy that waits for
+    itself, a launch into a full queue) to the device row that it waited for."""
     table = made.table
     device = np.flatnonzero(table.device_rows & (made.start_node >= 0))
     runtime = table.is_kind(Kind.RUNTIME) & (made.end_node >= 0)
     if not device.size or not runtime.any():
         return
     launched = launches(table)
+    _full_queues(made, device, launched)
     _own_copies(made, device, launched)
     calls = np.flatnonzero(runtime & table.named(SYNCHRONIZE.search))
     found = _last_done(made, device, launched, calls)
     hit = found >= 0
     made.rebind(made.end_node[calls[hit]], found[hit], Edge.SYNC, calls[hit])
+
+
+def _full_queues(made: Builder, device: Nodes, launched: Nodes) -> None:
+    """Slow launches into a stream with much work waiting end when an earlier row of that stream ended. What waits may
+    begin after the window."""
+    table = made.table
+    every = np.flatnonzero(table.device_rows & (launched >= 0))
+    if not every.size:
+        return
+    call = launched[every]
+    slow = table.duration[call] > SLOW_CALL * np.median(table.duration[call])
+    for stream in np.unique(table.thread[every[slow]]).tolist():
+        mine = table.thread[every] == stream
+        asked, begun = np.sort(table.start[call[mine]]), np.sort(table.start[every[mine]])
+        calls = np.unique(call[mine & slow])
+        moments = table.start[calls]
+        waiting = np.searchsorted(asked, moments) - np.searchsorted(begun, moments, side="right")
+        calls = calls[(waiting >= FULL_QUEUE) & (made.end_node[calls] >= 0)]
+        room = before(np.sort(made.end_node[device[table.thread[device] == stream]]), made.end_node[calls])
+        inside = room > made.start_node[calls]
+        made.rebind(made.end_node[calls[inside]], room[inside], Edge.SYNC, calls[inside])
 
 
 def _own_copies(made: Builder, device: Nodes, launched: Nodes) -> None:

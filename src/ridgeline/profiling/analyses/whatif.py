@@ -63,6 +63,17 @@ class Step(NamedTuple):
     row: Nodes
     owner: NDArray[np.int32]
 
+    def of(self, edges: Nodes) -> Step:
+        """Some of the edges."""
+        return Step(
+            self.src[edges],
+            self.dst[edges],
+            self.need[edges],
+            self.kind[edges],
+            self.row[edges],
+            self.owner[edges],
+        )
+
 
 @dataclass(frozen=True)
 class Change:
@@ -194,7 +205,7 @@ def changed_needs(graph: Graph, edges: Step, change: Change) -> Times:
     fitted = False
     for owner, table in enumerate(graph.tables):
         mine = np.flatnonzero(edges.owner == owner)
-        part = Step(*(column[mine] for column in edges))
+        part = edges.of(mine)
         chosen, fits = _RULES[change.what](table, part, graph.time, change)
         fitted |= fits
         need[mine[chosen]] = _NEVER if change.what == "no-sync" else np.rint(part.need[chosen] * change.factor)
