@@ -100,6 +100,24 @@ def test_carried_over_kernels_do_not_hide_the_arguments_of_the_rest() -> None:
         kernel("opaque", at * 10, 5, at, **({"Collective name": "allreduce"} if at > 2 else {})) for at in range(9)
     ]
     assert roles(events) == {"opaque": ("communication", "arguments", "certain")}
+    once = [kernel("shared", at * 10, 5, at, **({"Collective name": "x"} if at == 4 else {})) for at in range(9)]
+    assert roles(once) == {"shared": ("compute", "none", "none")}  # one in nine does not speak for the others
+
+
+def test_work_from_before_the_capture_comes_first_in_its_group() -> None:
+    """It was called before all that was called in the capture, though its kernel runs after the first call."""
+    carried = kernel("ncclKernel_AllReduce_a", 50, 10, 77)
+    events = [
+        event("nccl:all_reduce", "user_annotation", 0, 20),
+        launch(5, 1),
+        kernel("ncclKernel_b", 100, 9, 1),
+        carried,
+    ]
+    frame = collectives(table([*events, step(4, -10, 500)]))
+    assert frame.select("transfer", "sequence", "step").rows() == [
+        ("ncclKernel_AllReduce_a", 0, None),
+        ("ncclKernel_b", 1, 4),
+    ]
 
 
 def test_the_readers_table_wins(tmp_path: Path) -> None:
@@ -237,6 +255,8 @@ def test_overlap_is_null_without_communication() -> None:
     assert "no communication" in (why_no_collectives(alone) or "")
     both = table([kernel("gemm", 0, 10, 1), kernel("ncclKernel_x", 5, 20, 2, COMM_STREAM)])
     assert communication_overlap(both).rows() == [(20_000, 5_000, 15_000, 0.25)]
+    odd = table([event("odd", "gpu_mystery", 0, 10, STREAM), kernel("ncclKernel_x", 5, 20, 2, COMM_STREAM)])
+    assert communication_overlap(odd).rows() == [(20_000, 5_000, 15_000, 0.25)]  # unknown work counts as compute
     assert communication_overlap(both, window=(0, 15_000)).rows() == [(10_000, 5_000, 5_000, 0.5)]
     assert why_no_collectives(both) is None
 

@@ -67,6 +67,19 @@ def test_operators_of_two_devices_match_where_kernels_do_not() -> None:
     ]
 
 
+def test_a_kernel_belongs_to_the_step_that_launched_it() -> None:
+    """The device runs behind its host: launched in the step, run after it; without a launch its start decides."""
+    events = [
+        step(0, 0, 100),
+        launch(90, 1),
+        kernel("late", 150, 10, 1),
+        kernel("before", -5, 1, 7),
+        kernel("in", 5, 2, 8),
+    ]
+    one = table(events)
+    assert diff(one, one, by="kernel").select("name", "count_a").sort("name").rows() == [("in", 1), ("late", 1)]
+
+
 def test_a_side_of_several_ranks_is_per_rank() -> None:
     """Two ranks that do the same are, per step and rank, what one is."""
     one = capture(2, 100, "gemm")

@@ -65,7 +65,11 @@ def test_the_late_rank_is_named_with_what_it_cost() -> None:
 
 def test_no_straggler_is_an_answer() -> None:
     """Equal arrivals, and ranks that are late in turn: empty, with the columns and the threshold."""
-    for arrivals in ([[500] * 4] * 3, [[500, 900, 500, 500], [500, 500, 900, 500], [900, 500, 500, 500]]):
+    for arrivals in (
+        [[500] * 4] * 3,
+        [[500, 500], [500, 900]],
+        [[500, 900, 500, 500], [500, 500, 900, 500], [900, 500, 500, 500]],
+    ):
         answer = find_stragglers(job(arrivals))
         assert answer.frame.is_empty()
         assert answer.possible
@@ -74,6 +78,23 @@ def test_no_straggler_is_an_answer() -> None:
     late = job([[500] * 3, [550] * 3])
     assert stragglers(late).is_empty()
     assert stragglers(late, threshold_ns=50_000)["rank"].to_list() == [1]
+
+
+def test_without_steps_a_rank_must_cost_more_than_the_others() -> None:
+    """Rank 0 late by 400 us once and rank 1 by 450 once is noise; a second time rank 1 is late makes it the one."""
+
+    def capture(starts: list[list[int]]) -> dict[int, TraceTable]:
+        ends = [max(one) + TRANSFER for one in zip(*starts, strict=True)]
+        return {
+            rank: parse_table(
+                text([kernel(NAME, at, end - at, 1) for at, end in zip(mine, ends, strict=True)], rank, 2), "r.json"
+            )
+            for rank, mine in enumerate(starts)
+        }
+
+    assert stragglers(capture([[500, 2000], [100, 2450]])).is_empty()
+    frame = stragglers(capture([[500, 2000, 4000], [100, 2450, 4300]]))
+    assert frame.select("rank", "caused_wait_ns", "count", "matched").rows() == [(1, 750_000, 2, 3)]
 
 
 def test_one_rank_missing_ranks_and_nothing_in_common() -> None:
@@ -135,6 +156,10 @@ def test_a_lost_collective_spoils_its_step_alone() -> None:
     tables[1] = _select(tables[1], keep)
     assert match_collectives(tables)["step"].unique().sort().to_list() == [0, 2]
     assert unmatched(tables) == {0: 1, 1: 0}
+    two = [step(0, 0, STEP), *(launch(at, at) for at in (1, 2))]  # two at once: times cannot tell which one is lost
+    two += [kernel(NAME, 900 + 100 * at, 2000, at, (0, 20 + at)) for at in (1, 2)]
+    pair = {rank: parse_table(text(two[:3] + two[3 + rank :], rank, 2), f"rank{rank}.json") for rank in (0, 1)}
+    assert match_collectives(pair).is_empty()
 
 
 def test_the_backends_own_numbers_match_whatever_is_lost() -> None:
@@ -192,6 +217,13 @@ def test_false_matches_are_dropped() -> None:
         for rank, n in ((0, 8), (1, 9))
     }
     assert match_collectives(sized).is_empty()
+    typed = {
+        rank: parse_table(
+            text([kernel(NAME, 0, 9, 1, **{"Collective name": "alltoall", "dtype": dtype})], rank, 2), "r.json"
+        )
+        for rank, dtype in ((0, "Half"), (1, "Long"))
+    }
+    assert match_collectives(typed).is_empty()
 
 
 ranks_arrivals = st.integers(2, 4).flatmap(

@@ -7,8 +7,8 @@
     rank 2   [ slow operator  ][bwd] [xfer]      the last to come is the cause; its price is how much later it
                                                  came than the next latest
 
-A rank is a *straggler* when it costs at least the threshold in more than half of the steps. Being last now and then is
-noise: somebody always is. "No straggler" is an answer, and where ranks of a group are missing there is none at all.
+A rank is a *straggler* when it costs at least the threshold in more than half of the steps (with a single step or none:
+when it costs so much more than any other rank). Being last now and then is noise: somebody always is. "No straggler" is an answer, and where ranks of a group are missing there is none at all.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def find_stragglers(
     typical = _typical(whole, limit)
     idle = _idle_by_step(tables, steps) if not any(table.has_device_timeline for table in tables.values()) else {}
     asleep = straggler(idle)
-    named = sorted({rank for rank, cost in typical.items() if cost >= limit} | ({asleep["rank"]} if asleep else set()))
+    named = sorted(_dear(typical, whole, limit) | ({asleep["rank"]} if asleep else set()))
     rows = [_row(tables, whole, rank, typical, idle, limit, asleep) for rank in named]
     frame = pl.DataFrame(rows, schema=_STRAGGLER_SCHEMA, orient="row")
     return StragglerVerdict(
@@ -138,6 +138,15 @@ def _typical(whole: pl.DataFrame, limit: int) -> dict[int, int]:
     per_step = rows.group_by("rank", "step").agg(pl.col("caused_wait_ns").sum())
     low = per_step.group_by("rank").agg(pl.col("caused_wait_ns").sort().get((pl.len() - 1) // 2))
     return dict(low.rows())
+
+
+def _dear(typical: dict[int, int], whole: pl.DataFrame, limit: int) -> set[int]:
+    """Ranks whose typical cost reaches the threshold; with one step there is no typical, so what they cost more than any
+    other rank does."""
+    if whole["step"].drop_nulls().n_unique() > 1:
+        return {rank for rank, cost in typical.items() if cost >= limit}
+    others = {rank: max([cost for one, cost in typical.items() if one != rank], default=0) for rank in typical}
+    return {rank for rank, cost in typical.items() if cost - others[rank] >= limit}
 
 
 def _idle_by_step(tables: dict[int, TraceTable], steps: dict[int, list[tuple[int, int, int]]]) -> dict[int, list[int]]:
