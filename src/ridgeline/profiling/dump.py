@@ -39,11 +39,14 @@ def report_sections(trace: Trace, ceilings: Mapping[str, Any] | None = None) -> 
         "kernels": trace.kernel_breakdown().head(MOST_KERNELS).to_dicts(),
         "critical_path": _path(trace),
         "communication": trace.wait_matrix().to_dicts(),
-        "calltree": trace.call_tree().sort("inclusive_ns", descending=True).head(MOST_PATHS).to_dicts(),
+        "calltree": _tree(trace),
         "roofline": _roofline(trace, ceilings),
         "memory": _memory(trace),
     }
-    return {name: value for name, value in found.items() if value} | {"why": {k: v for k, v in why.items() if v}}
+    always = ("integrity", "findings")
+    return {name: value for name, value in found.items() if value or name in always} | {
+        "why": {k: v for k, v in why.items() if v}
+    }
 
 
 def to_perfetto(trace: Trace, out: Path) -> list[Path]:
@@ -109,8 +112,15 @@ def _why(trace: Trace, name: str) -> str | None:
 
 
 def _path(trace: Trace) -> Rows:
-    """The longest segments of each rank's critical path, in time order."""
-    return trace.critical_path().sort("duration_ns", descending=True).head(MOST_SEGMENTS).sort("start_ns").to_dicts()
+    """The path of one rank, or the one through all ranks; its longest segments, in time order."""
+    found = trace.critical_path_across() if len(trace.tables) > 1 else trace.critical_path()
+    return found.sort("duration_ns", descending=True).head(MOST_SEGMENTS).sort("start_ns").to_dicts()
+
+
+def _tree(trace: Trace) -> Rows:
+    """The largest paths, parents before children. A parent is never smaller than its child, so none is cut off."""
+    found = trace.call_tree()
+    return found.filter(pl.col("inclusive_ns").rank("ordinal", descending=True) <= MOST_PATHS).to_dicts()
 
 
 def _roofline(trace: Trace, ceilings: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -198,10 +198,18 @@ class TraceTable:
     def select(self, rows: NDArray[np.intp]) -> TraceTable:
         """The table of these rows alone, in this order; names, threads, arrows and marks stay."""
         args = self.args.take(rows) if hasattr(self.args, "take") else [self.args[row] for row in rows.tolist()]
-        columns = (self.kind, self.name, self.thread, self.start, self.end)
-        kept = (column[rows] for column in columns)
-        launch = (self.correlation[rows], self.device[rows], self.stream[rows])
-        return TraceTable(self.meta, self.names, self.threads, *kept, args, *launch, links=self.links, marks=self.marks)
+        return replace(
+            self,
+            kind=self.kind[rows],
+            name=self.name[rows],
+            thread=self.thread[rows],
+            start=self.start[rows],
+            end=self.end[rows],
+            args=args,
+            correlation=self.correlation[rows],
+            device=self.device[rows],
+            stream=self.stream[rows],
+        )
 
     def rows_of(self, chosen: Mask) -> TraceTable:
         """The table of these rows alone; names, threads, links and marks stay. ``[rows]``"""
