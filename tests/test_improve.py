@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ from ridgeline.profiling.improve.trial import INJECTION, Trial, fitting, step_se
 
 SAME = known.workers(2)
 PRECISION = known.autocast()
+BASE = Trial(1.0, [2.0, 1.0])
 SECONDS = st.floats(0.001, 10.0)
 
 
@@ -148,7 +150,7 @@ def test_the_order_of_runs_and_what_is_kept_builds_up() -> None:
     """A B B A; the second knob is tried on top of the first, which was kept; the useless one is not."""
     job = Pretended({"workers": 2.0})
     chosen = [finding(known.workers(2)), finding(known.fused()), finding(known.threads(1))]
-    rows = _try_all(job, 1.0, chosen, chosen, 1, quiet)
+    rows = _try_all(job, BASE, chosen, chosen, 1, quiet)
     assert job.seen[:4] == [[], ["workers"], ["workers"], []]
     assert job.seen[4:8] == [["workers"], ["workers", "fused"], ["workers", "fused"], ["workers"]]
     assert job.seen[9] == ["workers", "threads"]
@@ -160,17 +162,26 @@ def test_the_order_of_runs_and_what_is_kept_builds_up() -> None:
 def test_a_faster_job_that_computes_something_else_is_not_kept() -> None:
     """Ten times faster, another loss: refused after the first pair, with the reason."""
     job = Pretended({"workers": 10.0}, {"workers": [2.0, 1.5]})
-    row = prove(job, 1.0, finding(known.workers(2)), [], 2, quiet)
+    row = prove(job, BASE, finding(known.workers(2)), [], 2, quiet)
     assert not row.kept and row.why.startswith("changed the result") and len(job.seen) == 2
-    broken = prove(Pretended({}, broken="fused"), 1.0, finding(known.fused()), [], 1, quiet)
+    broken = prove(Pretended({}, broken="fused"), BASE, finding(known.fused()), [], 1, quiet)
     assert not broken.kept and broken.why == "failed: ValueError: not here"
+
+
+def test_a_job_whose_own_runs_differ_is_given_that_much() -> None:
+    """Unchanged runs are 0.01 apart, so a loss 0.015 away is no change of the result, and one 0.05 away is."""
+    for loss, kept in ((1.015, True), (1.05, False)):
+        job = Pretended({"workers": 2.0}, {"workers": [2.0, loss]})
+        row = prove(job, Trial(1.0, [2.0, 1.01]), finding(known.workers(2)), [], 1, quiet)
+        assert row.kept is kept
+        assert row.result is not None and "unchanged runs differ by" in row.result.why
 
 
 def test_precision_is_kept_within_seed_noise_only() -> None:
     """The other seed's loss is 0.1 away: 0.15 is kept, 0.25 is not."""
     for loss, kept in ((1.15, True), (1.25, False)):
         job = Pretended({"autocast": 2.0}, {"autocast": [2.0, loss]})
-        assert prove(job, 1.0, finding(known.autocast()), [], 1, quiet).kept is kept
+        assert prove(job, BASE, finding(known.autocast()), [], 1, quiet).kept is kept
 
 
 def test_a_hanging_job_is_ended_with_all_it_started(tmp_path: Path) -> None:
@@ -243,3 +254,20 @@ def test_wrong_input_is_refused_before_anything_runs(tmp_path: Path) -> None:
         improve(["no-such-program"], runs_root=tmp_path)
     with pytest.raises(UserError, match="at least 1 round"):
         improve(["x.py"], rounds=0, runs_root=tmp_path)
+
+
+def test_habits_of_the_trace_become_findings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two traced steps with 6 ms of a habit in sum are 3 ms per step, halved because tracing doubled the step; a habit
+    that has a rule of its own is left to it."""
+    import polars as pl
+
+    from ridgeline.profiling.improve import habits as module
+
+    names = ["for-loop indexing", "fp32 matmul without TF32", "item in the loop"]
+    frame = pl.DataFrame({"finding": names, "cost_ns": [6_000_000, 2_000_000, 9], "where": ["a.py(3): f"] * 3})
+    monkeypatch.setattr(module, "anti_patterns", lambda table: frame.with_columns(knob=pl.lit("unbind")))
+    monkeypatch.setattr(module, "step_rows", lambda table: [0, 1])
+    base = SimpleNamespace(table=None, scale=0.5)
+    found = list(module.habits(base))  # type: ignore[arg-type]
+    assert [(name, knob and knob.name) for name, _, _, _, knob in found] == [(names[0], None), (names[1], "tf32")]
+    assert found[0][1] == pytest.approx(0.0015) and found[0][2:4] == ("a.py(3): f", "unbind")

@@ -14,6 +14,7 @@ from typing import Any
 
 from ridgeline.profiling.improve import knobs
 from ridgeline.profiling.improve.evidence import SYNCHRONISING, Baseline
+from ridgeline.profiling.improve.habits import habits
 from ridgeline.profiling.improve.knobs import Knob
 from ridgeline.profiling.results import StepBreakdown
 from ridgeline.profiling.verdict import verdict
@@ -295,6 +296,14 @@ def _copies(base: Baseline) -> Iterator[Finding]:
     yield _finding(base, "copies", how, seconds, (0.0, seconds), how, knob, knob.permanent, loaders[0]["where"])
 
 
+def _habits(base: Baseline) -> Iterator[Finding]:
+    """What the trace analysis names; its cost is the most that the cure saves."""
+    for name, seconds, where, cure, knob in habits(base):
+        text = f"{name}: {seconds:.4f} s per step"
+        advice = knob.permanent if knob else f"{where}: {cure}"
+        yield _finding(base, name, text, seconds, (0.0, seconds), f"all {seconds:.4f} s of it", knob, advice, where)
+
+
 def _finding(
     base: Baseline,
     name: str,
@@ -324,4 +333,5 @@ RULES: tuple[Callable[[Baseline], Iterator[Finding]], ...] = (
     _precision,
     _reduction,
     _copies,
+    _habits,
 )

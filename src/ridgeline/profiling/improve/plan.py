@@ -121,7 +121,7 @@ def improve(
         base = _baseline(job)
         findings = own_findings(job, base) if isinstance(job, OwnJob) else of_user_job(Baseline(base))
         chosen = _chosen(findings, knob, top, own)
-        rows = _try_all(job, base.step_seconds, findings if knob is None else chosen, chosen, rounds, say)
+        rows = _try_all(job, base, findings if knob is None else chosen, chosen, rounds, say)
         answer = Improvement(run, base.step_seconds, rows)
         run.save_json("improve.json", answer.to_dict())
         kept = [row.finding.knob.name for row in answer.kept if row.finding.knob]
@@ -169,7 +169,7 @@ def _chosen(findings: list[Finding], knob: str | None, top: int, own: bool) -> l
     return [Finding(knob, text, 0.0, (0.0, 0.0), "nothing is predicted", blind, blind.permanent)]
 
 
-def _try_all(job: Job, step: float, findings: list[Finding], chosen: list[Finding], rounds: int, say: Say) -> list[Row]:
+def _try_all(job: Job, base: Trial, findings: list[Finding], chosen: list[Finding], rounds: int, say: Say) -> list[Row]:
     rows, kept = [], []  # type: list[Row], list[Knob]
     for finding in findings:
         if finding.knob is None:
@@ -179,19 +179,19 @@ def _try_all(job: Job, step: float, findings: list[Finding], chosen: list[Findin
         elif any(set(finding.knob.inject) & set(one.inject) == {"compile"} for one in kept):
             rows.append(Row(finding, tried=False, kept=False, why="the model is compiled by a knob kept before"))
         else:
-            rows.append(prove(job, step, finding, kept, rounds, say))
+            rows.append(prove(job, base, finding, kept, rounds, say))
             if rows[-1].kept:
                 kept.append(finding.knob)
     return rows
 
 
-def prove(job: Job, step: float, finding: Finding, kept: Sequence[Knob], rounds: int, say: Say) -> Row:
+def prove(job: Job, base: Trial, finding: Finding, kept: Sequence[Knob], rounds: int, say: Say) -> Row:
     """Interleaved runs with and without the finding's knob, on top of ``kept``; kept only when faster and the same.
-    ``step`` is the baseline's seconds."""
+    ``base`` is the unchanged job's first run."""
     knob = finding.knob
     assert knob is not None
     sides: dict[str, list[Trial]] = {"A": [], "B": []}
-    places, plan = order(rounds), fitting(job.plan, [*kept, knob], step)
+    places, plan = order(rounds), fitting(job.plan, [*kept, knob], base.step_seconds)
     for at, side in enumerate(places, 1):
         what = "unchanged" if side == "A" else knob.setting
         say(f"{knob.name}: run {at} of {len(places)}, {what}")
@@ -199,8 +199,9 @@ def prove(job: Job, step: float, finding: Finding, kept: Sequence[Knob], rounds:
             sides[side].append(job.run([*kept, knob] if side == "B" else list(kept), plan))
         except JobError as error:
             return Row(finding, tried=True, kept=False, why=f"{'' if side == 'B' else 'the unchanged job '}{error}")
-        if sides["A"] and sides["B"]:
-            result = check_result(sides["A"], sides["B"][-1], knob)
+        unchanged = [*([] if kept else [base]), *sides["A"]]
+        if len(unchanged) >= 2 and sides["B"]:  # one run alone does not tell what unchanged runs differ by
+            result = check_result(unchanged, sides["B"][-1], knob)
             if not result.same:
                 return Row(finding, True, False, f"changed the result: {result.why}", result=result)
     gain = judge(*([one.step_seconds for one in sides[side]] for side in "AB"))

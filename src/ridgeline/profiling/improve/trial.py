@@ -111,7 +111,13 @@ class UserJob:
     def _environment(self, folder: Path, knobs: Sequence[Knob]) -> dict[str, str]:
         variables = {name: value for knob in knobs for name, value in knob.variables.items()}
         path = os.pathsep.join(filter(None, [str(INJECTION), os.environ.get("PYTHONPATH")]))
-        return {**os.environ, **variables, "PYTHONPATH": path, SPEC_VARIABLE: str(folder / "spec.json")}
+        return {
+            "PYTHONHASHSEED": "0",
+            **os.environ,
+            **variables,
+            "PYTHONPATH": path,
+            SPEC_VARIABLE: str(folder / "spec.json"),
+        }
 
     def _check(self, folder: Path, ranks: list[dict[str, Any]], code: int, plan: Plan, profile: bool) -> None:
         """Results of every rank, or one line that says what is missing. Their presence decides, not the exit code: gloo

@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import os
+import random
 import sys
 import time
 from typing import Any
@@ -39,12 +40,15 @@ def install(spec: dict[str, Any], recorder: Recorder) -> None:
 
 
 def _seed(offset: int) -> None:
-    """Shift every seed that the script gives torch: the noise between two seeds, for precision knobs."""
-    if not offset:
-        return
+    """A script without seeds gets fixed ones, or no two runs of it could be compared; its own seeds come after and win.
+    ``offset`` shifts all that it gives torch: the noise between two seeds, for precision knobs."""
     original = torch.manual_seed
-    torch.manual_seed = torch.random.manual_seed = lambda seed: original(int(seed) + offset)
-    torch.manual_seed(torch.initial_seed())
+    if offset:
+        torch.manual_seed = torch.random.manual_seed = lambda seed: original(int(seed) + offset)
+    torch.manual_seed(0)
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
 
 
 def _threads(knobs: dict[str, Any], recorder: Recorder) -> None:

@@ -88,8 +88,8 @@ class CallSites(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name not in ("__get__", "__set__"):
             caller = sys._getframe(1)
-            if _origin(caller.f_code.co_filename) == 0:  # torch's own code, which the user cannot edit
-                name = f"torch:{name}"
+            if _origin(caller.f_code.co_filename) < 2:  # a library's own code, which the user does not edit
+                name = f"library:{name}"
             self.counts[place(caller), name] += 1
         return func(*args, **(kwargs or {}))
 
