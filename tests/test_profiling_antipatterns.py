@@ -6,12 +6,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ridgeline.profiling.analyses.antipatterns import COLUMNS, PATTERNS, anti_patterns, why_empty
-from ridgeline.profiling.load import parse_table
+from ridgeline.profiling.load import load_table, parse_table
 from test_profiling_roofline import shaped
 from test_profiling_synthetic import STREAM, event, kernel, launch, step, text
 
@@ -158,7 +159,9 @@ def test_single_tensor_optimizer() -> None:
     assert (row["count"], row["cost_ns"], row["where"]) == (1, 900_000, "Optimizer.step#AdamW.step")
     assert not found(stepping(names[:8]))
     assert not found(stepping([*names, "aten::_foreach_add_"]))
-    assert not found(stepping([*["aten::item"] * 0, *names, "aten::_fused_adamw_"]))
+    assert not found(stepping([*names, "aten::_fused_adamw_"]))
+    apex = [launch(5_850, 11), kernel("void multi_tensor_apply_kernel<AdamFunctor>", 6_000, 40, 11)]
+    assert not found([*stepping(names), *apex])
 
 
 def test_synchronous_loader() -> None:
@@ -268,3 +271,33 @@ def test_findings_do_not_depend_on_order_time_or_each_other(
         table = parse_table(text(events), "r0.json")
         halves_of = [anti_patterns(table, window) for window in ((0, cut * 1000), (cut * 1000, 10**10))]
         assert sum(half["count"].sum() for half in halves_of) == whole["count"].sum()
+
+
+@needs_traces
+@pytest.mark.parametrize(
+    ("name", "present", "absent"),
+    [
+        (
+            "hta/df_index_resolver/df_index_resolver",
+            {"single-tensor optimizer": 5, "gradients not set to None": 5},
+            {"synchronous loader", "item in the loop"},
+        ),
+        # Apex's FusedAdam counts its steps in 257 small additions a step; its work is in multi_tensor_apply.
+        ("hta/trace_diff/control/control", {"item in the loop": 24}, {"single-tensor optimizer", "synchronous loader"}),
+        ("hta/ns_resolution_trace/rank-0.Apr_03_18_51_38.1102.pt.trace", {}, {"fp32 matmul without TF32"}),  # a V100
+        ("param/resnet_kineto", {}, {"synchronous loader"}),  # loads in worker processes
+        (
+            "tracelens/mi300/google_owlv2-large-patch14-ensemble__1016001",
+            {"synchronous loader": 6},
+            {"item in the loop"},
+        ),
+        ("tracelens/h100/gaunernst_bert-small-uncased__1016001", {}, {"single-tensor optimizer", "for-loop indexing"}),
+    ],
+)
+def test_known_facts_of_real_traces(name: str, present: dict[str, int], absent: set[str]) -> None:
+    """What is known of these programs; and costs are never negative."""
+    frame = anti_patterns(load_table(TRACES / f"{name}.json.gz"))
+    counts = dict(frame.group_by("finding").agg(pl.col("count").sum()).iter_rows())
+    assert {finding: counts.get(finding) for finding in present} == present
+    assert not absent & set(counts)
+    assert frame["cost_ns"].min() is None or frame["cost_ns"].min() >= 0

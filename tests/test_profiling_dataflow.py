@@ -87,6 +87,9 @@ def training() -> Graph:
     graph.node("aten::add_", [2, 7], [2], ADD_, parent=step)
     graph.node("Optimizer.step#SGD.step", [], [], id=step)
     graph.node("aten::mm", [1, 2], [8], MM)
+    last = graph.new_id()
+    graph.node("aten::add_", [2, 6], [2], ADD_, parent=last)
+    graph.node("Optimizer.step#SGD.step", [], [], id=last)
     return graph
 
 
@@ -103,6 +106,7 @@ def test_roles_writers_and_readers_by_hand() -> None:
         "1.0.0": "input",
         "2.0.0": "parameter",
         "2.0.1": "parameter",
+        "2.0.2": "parameter",
         "3.0.0": "activation",
         "4.0.0": "activation",
         "5.0.0": "gradient",
@@ -292,6 +296,8 @@ def test_torchs_own_execution_trace(tmp_path: Path) -> None:
     assert sorted(of_role["parameter"].filter(pl.col("written_by").is_null())["bytes"]) == sizes
     assert sorted(of_role["gradient"]["bytes"].to_list()) == sorted(sizes * 2)
     assert of_role["gradient"]["last_read_by"].is_not_null().all()
+    # Momentum: made in the first step by clone, changed twice in the second.
+    assert sorted(of_role["optimizer_state"]["bytes"].unique()) == sorted(set(sizes))
     hidden = of_role["activation"].filter((pl.col("bytes") == 8 * 64 * 4) & (pl.col("written_by") == "aten::addmm"))
     assert hidden.height == 2 and set(hidden["last_read_by"]) == {"aten::gelu_backward"}
     assert hidden["freed_ns"].is_not_null().all()

@@ -91,6 +91,12 @@ class _Version:
     reads: list[tuple[Node, int, str]] = field(default_factory=list)
     accumulated: bool = False
     returned: bool = False
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Storage, life and version."""
+        return self.storage, self.life, self.number
+
     freed_ns: int | None = None
     released_by: str | None = None
 
@@ -244,18 +250,30 @@ def follow(nodes: Sequence[Node]) -> Flow:
     return walk.flow
 
 
-def role(version: _Version, steps: set[str]) -> str:
-    """What a version is, by who wrote and who read it. ``steps``: optimizer steps that change its storage."""
+def roles(versions: Sequence[_Version]) -> list[str]:
+    """What each version is, by who wrote and who read it, and what the optimizer does with its storage."""
+    steps: dict[tuple[int, int], set[str]] = {}
+    readers: dict[tuple[int, int], set[str]] = {}
+    for one in versions:
+        life = one.storage, one.life
+        readers.setdefault(life, set()).update(phase.split()[0] for *_, phase in one.reads)
+        if (one.written_in or "").startswith("optimizer"):
+            steps.setdefault(life, set()).add(str(one.written_in))
+    return [_role(one, steps.get((one.storage, one.life), set()), readers[one.storage, one.life]) for one in versions]
+
+
+def _role(version: _Version, steps: set[str], readers: set[str]) -> str:
+    """``steps``: the optimizer steps that change its storage; ``readers``: the phases that read any version of it."""
     read_in = {phase.split()[0] for *_, phase in version.reads}
-    written_in = (version.written_in or "").split()
-    if version.accumulated or (written_in == ["backward"] and "optimizer" in read_in):
+    written_in = (version.written_in or "before").split()[0]
+    if version.accumulated or (written_in == "backward" and "optimizer" in read_in):
         return "gradient"
-    if steps and (version.written_by is None or written_in[0] == "optimizer"):
-        if read_in & {"forward", "backward"}:
+    if steps and written_in in ("before", "optimizer"):
+        if readers & {"forward", "backward"}:
             return "parameter"
         # Memory that an optimizer step makes, and no later one touches, was only in its way.
         return "optimizer_state" if version.maker is None or len(steps) > 1 else "temporary"
-    if written_in == ["forward"] and "backward" in read_in:
+    if written_in == "forward" and "backward" in read_in:
         return "activation"
     return "input" if version.written_by is None else "temporary"
 
@@ -339,12 +357,9 @@ def _frame(flow: Flow, table: TraceTable | None) -> pl.DataFrame:
     def end(node: Node | None) -> int | None:
         return int(table.end[rows[node.id]]) if table is not None and node and node.id in rows else None
 
-    steps: dict[tuple[int, int], set[str]] = {}
-    for one in flow.versions:
-        if one.number and (one.written_in or "").startswith("optimizer"):
-            steps.setdefault((one.storage, one.life), set()).add(str(one.written_in))
     out = []
-    for one in sorted(flow.versions, key=lambda one: (one.written_at or -1, one.storage, one.life, one.number)):
+    known = zip(flow.versions, roles(flow.versions), strict=True)
+    for one, role in sorted(known, key=lambda item: (item[0].written_at or -1, *item[0].key)):
         reads = [read for read in one.reads if read[0] is not one.written_by]
         first, last = (reads[0][0], reads[-1][0]) if reads else (None, None)
         written, read, freed = end(one.written_by), end(last), one.freed_ns
@@ -352,7 +367,7 @@ def _frame(flow: Flow, table: TraceTable | None) -> pl.DataFrame:
             "tensor": f"{one.storage}.{one.life}.{one.number}", "bytes": one.bytes, "dtype": one.dtype,
             "written_by": one.written_by and one.written_by.name, "first_read_by": first and first.name,
             "last_read_by": last and last.name, "reads": len(reads),
-            "role": role(one, steps.get((one.storage, one.life), set())), "written_at": one.written_at,
+            "role": role, "written_at": one.written_at,
             "last_read_at": reads[-1][1] if reads else None, "written_ns": written, "last_read_ns": read,
             "freed_ns": freed, "released_by": one.released_by,
             "lifetime_ns": max(freed - written, 0) if freed is not None and written is not None else None,

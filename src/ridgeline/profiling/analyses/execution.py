@@ -90,7 +90,7 @@ def load_execution_trace(path: str | Path) -> list[Node]:
 
 def tensors(side: _Side) -> Iterator[tuple[int, Tensor]]:
     """(place of the argument, tensor) of every tensor on one side of a node, those in lists included."""
-    blank = [[]] * len(side.values)
+    blank: list[Any] = [[]] * len(side.values)
     columns = (side.values, side.types, side.shapes or blank, side.strides or blank)
     for place, (value, kind, shape, stride) in enumerate(zip(*columns, strict=False)):
         yield from ((place, one) for one in _unpack(value, str(kind), shape, stride))

@@ -59,7 +59,7 @@ def _copies(flow: Flow) -> list[_Row]:
     latest: dict[tuple[int, int], int] = {}
     for one in flow.versions:
         latest[one.storage, one.life] = max(one.number, latest.get((one.storage, one.life), 0))
-    out = []
+    out: list[_Row] = []
     for copy in flow.copies:
         source = copy.source
         current = latest.get((source.storage, source.life)) == source.number

@@ -21,6 +21,7 @@ _OPTIMIZER = re.compile(r"Optimizer\.step#")
 _ZERO_GRAD = re.compile(r"Optimizer\.zero_grad#")
 _ZEROING = re.compile(r"aten::(zero_|fill_|_foreach_zero_)$")
 _GROUPED = re.compile(r"aten::_(foreach|fused)|CompiledFxGraph|Torch-Compiled Region|^triton_")
+_GROUPED_KERNEL = re.compile(r"multi_tensor_apply")
 _LOADER = re.compile(r"enumerate\(DataLoader\)#_SingleProcess")
 _INDEXING = re.compile(r"aten::(select|slice|index|narrow)$")
 
@@ -139,14 +140,17 @@ def _is_loop(places: list[int]) -> bool:
 
 
 def single_tensor_optimizer(case: Case) -> Found:
-    """Optimizer steps of many operators with no foreach, fused or compiled one among them."""
+    """Optimizer steps of many operators with no foreach, fused or compiled one among them. Apex's fused optimizers
+    have no operator of their own: their kernels say it, under hundreds of small additions to step counters."""
     table = case.table
     steps = case.rows(_inside(case, _OPTIMIZER))
     parent = case.ops.parent
     direct = np.flatnonzero(table.is_kind(Kind.CPU_OP) & (parent >= 0))
     counts = np.bincount(parent[direct], minlength=len(table))
     grouped = np.flatnonzero(table.is_kind(Kind.CPU_OP, Kind.ANNOTATION) & table.named(_GROUPED.search))
-    above = case.topmost(grouped, _inside(case, _OPTIMIZER))
+    kernels = np.flatnonzero(table.is_kind(Kind.KERNEL) & table.named(_GROUPED_KERNEL.search))
+    launchers = np.concatenate((grouped, case.operator[kernels]))
+    above = case.topmost(launchers, _inside(case, _OPTIMIZER))
     rows = steps[(counts[steps] >= SMALL_OPS) & ~np.isin(steps, above)]
     return Found(rows, case.length(rows))
 

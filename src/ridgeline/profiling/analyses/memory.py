@@ -235,7 +235,8 @@ def _held_at(events: Instants, code: int, at: int) -> NDArray[np.bool_]:
     """Allocations of a device that event ``at`` finds or makes, and that are released later or never. ``[events]``"""
     order = np.arange(len(events))
     open_still = (events.partner < 0) | (events.partner > at)
-    return (events.device == code) & (events.bytes > 0) & (order <= at) & open_still
+    held: NDArray[np.bool_] = (events.device == code) & (events.bytes > 0) & (order <= at) & open_still
+    return held
 
 
 def _timeline(events: Instants, category: NDArray[np.int8], code: int) -> pl.DataFrame:

@@ -185,11 +185,11 @@ def snapshot_of(found: Any, source: str, size: int | None = None) -> Snapshot:
 
 
 def _segments(found: list[Any], stacks: _Stacks) -> tuple[tuple[tuple[int, int, int, str, int], ...], Blocks]:
-    segments, rows = [], []
+    segments: list[tuple[int, int, int, str, int]] = []
+    rows: list[tuple[int, ...]] = []
     for at, one in enumerate(found):
-        head = (one.get("device", 0), one["address"], one.get("stream", 0))
-        segments.append((*map(_whole, head), str(one.get("segment_type", "")), _whole(one["total_size"])))
-        address = _whole(one["address"])
+        address, device, stream = _whole(one["address"]), _whole(one.get("device", 0)), _whole(one.get("stream", 0))
+        segments.append((device, address, stream, str(one.get("segment_type", "")), _whole(one["total_size"])))
         for block in one["blocks"]:
             size = _whole(block["size"])
             state = block["state"]
@@ -199,9 +199,9 @@ def _segments(found: list[Any], stacks: _Stacks) -> tuple[tuple[tuple[int, int, 
             rows.append((at, place, size, asked, state == "active_allocated", state == "active_awaiting_free"
                          or state == "active_pending_free", stacks.code(block.get("frames"))))  # fmt: skip
             address = place + size
-    columns = np.array(rows, np.int64).reshape(-1, 7).T
-    active, waiting = columns[4].astype(np.bool_), columns[5].astype(np.bool_)
-    return tuple(segments), Blocks(*columns[:4], active, waiting, columns[6])
+    segment, place_of, size_of, requested, active, waiting, stack = np.array(rows, np.int64).reshape(-1, 7).T
+    blocks = Blocks(segment, place_of, size_of, requested, active.astype(np.bool_), waiting.astype(np.bool_), stack)
+    return tuple(segments), blocks
 
 
 def _history(entries: list[Any], stacks: _Stacks) -> History:
@@ -289,13 +289,13 @@ def holders(snapshot: Snapshot, device: int, at: int) -> pl.DataFrame:
         whole = int(levels(snapshot, device)[0][at])
     else:
         whole = int(size.sum())
-    rows = [
+    found: list[tuple[str, str, int | None, int]] = [
         (*(_text(snapshot.stacks[code]) if code >= 0 else (BEFORE, "")), count, total)
         for code, count, total in zip(codes.tolist(), counts.tolist(), sums.tolist(), strict=True)
     ]
     if whole != size.sum():
-        rows.append(("not explained by the history", "", None, whole - int(size.sum())))
-    rows = [(device_name(device), *row, row[3] / whole if whole else None) for row in rows]
+        found.append(("not explained by the history", "", None, whole - int(size.sum())))
+    rows = [(device_name(device), *row, row[3] / whole if whole else None) for row in found]
     return pl.DataFrame(rows, schema=_HOLDERS, orient="row").sort(
         "bytes", "where", "stack", descending=[True, False, False]
     )
