@@ -1,4 +1,4 @@
-"""Decode a trace about a megabyte at a time, on event boundaries, whatever its lines look like.
+"""Decode a trace half a megabyte at a time, on event boundaries, whatever its lines look like.
 
 ::
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-CHUNK = 1 << 20
+CHUNK = 1 << 19
 _RUN = 256
 """Events tried together once a chunk is known to hold a damaged one."""
 _JOIN = 16

@@ -204,7 +204,13 @@ class Columns:
         correlation, device, stream, collective = launch_columns(kind, args)
         keep = collective | _KEPT_KINDS[kind] | self._is_collective()[name]
         self._remember_first(thread, args)
-        columns = {"kind": kind, "name": name, "thread": thread, "start": start, "length": length}
+        columns: dict[str, NDArray[Any]] = {
+            "kind": kind,
+            "name": name,
+            "thread": thread,
+            "start": start,
+            "length": length,
+        }
         columns |= {"correlation": correlation, "device": device, "stream": stream, "keep": keep}
         args = list(compress(args, keep.tolist())) if self.streaming else args
         self._text += b"".join(args)
@@ -232,7 +238,7 @@ class Columns:
         begins = np.array([e.ph == "s" for e in events], np.int64)
         threads = self.threads.of([e.pid for e in events], [e.tid for e in events])
         ids = self.ids.of([e.id for e in events])
-        self._arrows.append(np.stack((begins, ids, threads, time))[:, good])
+        self._arrows.append(np.stack((begins, ids.astype(np.int64), threads.astype(np.int64), time))[:, good])
 
     def stream(self) -> None:
         """From now on keep the arguments of chosen rows only, and no marks; forget what is held beyond that."""

@@ -2,8 +2,8 @@
 
 ::
 
-    blocks of text -> events, a megabyte at a time ->     columns -> sorted table (-> one table per rank)
-    sources.py        chunks.py                            gather.py   here             ranks.py
+    blocks of text -> events, a chunk at a time -> columns -> sorted table -> (one table per rank)
+    sources.py        chunks.py                    gather.py  here             ranks.py
 
 Small and large files take the same way. Past :data:`STREAM_BYTES` of text only the arguments of collectives, copies
 and counters are kept.

@@ -21,7 +21,7 @@ Progress = Callable[[int, int], None]
 
 BLOCK = 1 << 19
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_STEP = 512  # once a stream is known to be damaged, feed it in steps as small as this up to the damage
+_STEP = 256  # once a stream is known to be damaged, feed it in steps as small as this up to the damage
 
 
 def find_traces(where: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -100,7 +100,7 @@ class Reader:
 
     def _gzip(self, file: BinaryIO) -> Iterator[bytes]:
         stream, finished, any_text = zlib.decompressobj(wbits=31), False, False
-        for piece in self._pieces(file, BLOCK // 8):
+        for piece in self._pieces(file, BLOCK // 32):
             while piece:
                 if finished:  # several members one after the other are one text; zeros may pad the end
                     piece = piece.lstrip(b"\0")
@@ -127,7 +127,7 @@ class Reader:
 
         stream, any_text = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True), False
         try:
-            for piece in self._pieces(file, BLOCK // 8):
+            for piece in self._pieces(file, BLOCK // 32):
                 if text := stream.decompress(piece):
                     any_text = True
                     yield text

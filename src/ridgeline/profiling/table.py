@@ -218,6 +218,10 @@ class TraceTable:
         args = [self.args[row] for row in at.tolist()]
         return replace(self, args=args, **{name: getattr(self, name)[at] for name in columns})
 
+    def rows_of(self, chosen: Mask) -> TraceTable:
+        """The table of these rows alone; names, threads, links and marks stay. ``[rows]``"""
+        return self.select(np.flatnonzero(chosen))
+
     def decode(self, rows: NDArray[np.intp], shape: type[_Shape]) -> Iterator[_Shape | None]:
         """Arguments of these rows as ``shape`` (a msgspec Struct of the fields wanted, all with defaults); None where a
         row has no arguments or they do not fit."""
