@@ -213,13 +213,6 @@ class TraceTable:
 
     def rows_of(self, chosen: Mask) -> TraceTable:
         """The table of these rows alone; names, threads, links and marks stay. ``[rows]``"""
-        at = np.flatnonzero(chosen)
-        columns = ("kind", "name", "thread", "start", "end", "correlation", "device", "stream")
-        args = [self.args[row] for row in at.tolist()]
-        return replace(self, args=args, **{name: getattr(self, name)[at] for name in columns})
-
-    def rows_of(self, chosen: Mask) -> TraceTable:
-        """The table of these rows alone; names, threads, links and marks stay. ``[rows]``"""
         return self.select(np.flatnonzero(chosen))
 
     def decode(self, rows: NDArray[np.intp], shape: type[_Shape]) -> Iterator[_Shape | None]:
