@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import polars as pl
 
 from ridgeline.profiling.analyses import opcosts
-from ridgeline.profiling.analyses.dataflow import COLUMNS, Flow, follow, tensor_flow
+from ridgeline.profiling.analyses.dataflow import COLUMNS, tensor_flow
 from ridgeline.profiling.analyses.execution import Node
+from ridgeline.profiling.analyses.versions import Flow, follow
 from ridgeline.profiling.table import TraceTable
 
 _KNOBS = {
