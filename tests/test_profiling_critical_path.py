@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -129,6 +130,27 @@ def test_waits_between_streams_as_recorded_and_as_inferred():
     assert inferred[-3:] == [("kernel", "other", 53), ("stream wait", "b", 2), ("kernel", "b", 40)]
 
 
+def test_a_synchronisation_waits_for_its_own_stream_or_event():
+    """The call waits for what was launched on stream 7 before the record at 35; c and the kernel of stream 8 end later,
+    still inside the call. Without the record the last one to end is taken."""
+    events = [
+        event("aten::x", 0, 50),
+        launch(10, 2, 1),
+        kernel("a", 15, 80, 1),
+        launch(20, 2, 2),
+        kernel("b", 25, 72, 2, stream=8),
+        launch(35, 1, 5, name="cudaEventRecord"),
+        launch(40, 2, 3),
+        kernel("c", 96, 3, 3),
+        launch(50, 60, 6, name="cudaEventSynchronize"),
+    ]
+    sync = event("Event Sync", 50, 60, tid=-1, cat="cuda_sync", pid=0, stream=-1, correlation=6)
+    sync["args"] |= {"wait_on_stream": 7, "wait_on_cuda_event_record_corr_id": 5}
+    found = steps(critical_path(table_of([*events, sync])))
+    assert found[-2:] == [("kernel", "a", 80), ("sync wait", "cudaEventSynchronize", 15)]
+    assert steps(critical_path(table_of(events)))[-1] == ("sync wait", "cudaEventSynchronize", 11)
+
+
 def test_the_backward_thread_is_followed_and_left_again():
     node = "autograd::engine::evaluate_function: MmBackward0"
     table = table_of(
@@ -219,7 +241,17 @@ def test_the_path_moves_to_the_rank_that_came_last():
     on_first = path.filter(pl.col("rank") == 0)
     assert on_first["duration_ns"].sum() <= 50_000, "rank 0 is on the path after the collective at most"
     assert critical_path_summary(path, "rank").filter(pl.col("rank") == 1)["total_ns"][0] >= 600_000
-    assert len(matched_rows(two_ranks(late=500))) == 1
+    tables = two_ranks(late=500)
+    assert len(matched_rows(tables)) == 1
+    assert critical_path_across(dict(reversed(tables.items()))).equals(path), "the order of ranks does not matter"
+
+
+def test_clocks_of_two_hosts_are_aligned_first():
+    """Rank 1's clock is 7 ms ahead: the same path, for the collective ends at one moment on both."""
+    tables = two_ranks(late=500)
+    late = tables[1]
+    ahead = replace(late, start=late.start + 7_000_000, end=late.end + 7_000_000, meta=replace(late.meta, host="other"))
+    assert critical_path_across({0: tables[0], 1: ahead}).equals(critical_path_across(tables))
 
 
 def test_nothing_to_follow():

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from ridgeline.errors import UserError
 from ridgeline.profiling.analyses.critical_path import critical_path
 from ridgeline.profiling.analyses.idle import idle_gaps
+from ridgeline.profiling.analyses.matching import match_collectives
+from ridgeline.profiling.analyses.overlays import COLUMNS, waiting_and_transfer
 from ridgeline.profiling.export import CRITICAL_PATH, annotate, lanes, to_frame, to_parquet
 from ridgeline.profiling.load import load_table
-from test_profiling_critical_path import QUEUED, event, table_of
+from test_profiling_critical_path import QUEUED, event, table_of, two_ranks
 
 TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"
 needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="the shared traces are not here")
@@ -90,6 +92,19 @@ def test_the_critical_path_is_a_track_with_arrows(tmp_path):
     ]
 
 
+def test_python_frames_are_kept_and_do_not_cut_the_path(tmp_path):
+    frames = [event(f"f.py({at}): f", at, 10, cat="python_function") for at in (0, 20, 40)]
+    source = tmp_path / "in.json"
+    source.write_text(json.dumps({"traceEvents": [*frames, *QUEUED]}))
+    events = strict(annotate(source, tmp_path / "out.json"))["traceEvents"]
+    check_nesting(events)
+    assert sum(one.get("cat") == "python_function" for one in events) == 3
+    path = [one for one in events if one.get("cat") == "ridgeline"]
+    assert len(path) == 7 and sum(one["ph"] == "s" and one["cat"] == "critical path" for one in events) == 2
+    table = load_table(source, stacks=True)
+    assert [table.names[table.name[one["args"]["row"]]] for one in path] == [one["name"] for one in path]
+
+
 def test_slices_that_overlap_get_lanes_of_their_own(tmp_path):
     table = table_of([event("a", 0, 10), event("b", 5, 10), event("c", 6, 2), event("d", 15, 1)])
     events = strict(annotate(table, tmp_path / "out.json"))["traceEvents"]
@@ -145,6 +160,24 @@ def test_of_several_ranks_only_the_tables_own_rank_is_drawn(tmp_path):
     both = pl.concat([path.with_columns(pl.lit(rank, pl.Int64).alias("rank")) for rank in (0, 1)])
     events = strict(annotate(table, tmp_path / "out.json", path=both))["traceEvents"]
     assert sum(one.get("cat") == "ridgeline" for one in events) == len(path)
+
+
+def test_collectives_are_drawn_as_waiting_and_transfer(tmp_path):
+    """Rank 0 arrives at 100 us, rank 1 at 600; all ends at 620. The shorter transfer is rank 1's, 18 us."""
+    tables = two_ranks(late=500)
+    slices = waiting_and_transfer(match_collectives(tables))
+    assert slices.columns == list(COLUMNS["waiting_and_transfer"])
+    got = [(r["rank"], r["name"].split(":")[0], r["start_ns"], r["end_ns"]) for r in slices.iter_rows(named=True)]
+    assert got == [
+        (0, "waiting", 100_000, 602_000),
+        (0, "transfer", 602_000, 620_000),
+        (1, "waiting", 600_000, 602_000),
+        (1, "transfer", 602_000, 620_000),
+    ]
+    assert slices["caused_by_rank"].to_list() == [1] * 4
+    events = strict(annotate(tables[1], tmp_path / "out.json", {"collectives": slices}))["traceEvents"]
+    check_nesting(events)
+    assert sum(str(one["name"]).startswith(("waiting", "transfer")) for one in events) == 2
 
 
 def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path):

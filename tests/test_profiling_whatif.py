@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -204,3 +205,13 @@ def test_two_ranks_replay_to_what_was_measured():
     first = min(int(table.start.min()) for table in tables.values())
     last = max(int(np.max(table.end)) for table in tables.values())
     assert frame["measured_ns"][0] == last - first
+
+
+@needs_traces
+def test_a_large_trace_takes_a_moment():
+    """A loose floor for a shared machine: path and five replays of 123,378 events in under 6 CPU seconds."""
+    table = load_table(TRACES / "hta/df_index_resolver/df_index_resolver.json.gz")
+    begun = time.process_time()
+    path, frame = critical_path(table), what_if(table, [*PLAIN, "kernel:.=0.5"])
+    assert time.process_time() - begun < 6
+    assert path["duration_ns"].sum() == frame["replayed_ns"][0]

@@ -72,7 +72,7 @@ def annotate(
         if target.exists() and target.samefile(source):
             raise UserError(f"export {target}: is the trace itself; name another file")
         source = load_table(source, stacks=True)
-    segments = critical_path(source) if path is None else _of_rank(path, source)
+    segments = _path_of(source) if path is None else _of_rank(path, source)
     findings = {CRITICAL_PATH: segments, **(tracks or {})}
     spans = {name: _spans(name, _of_rank(frame, source)) for name, frame in findings.items()}
     _write(target, _text(source, spans, segments))
@@ -106,6 +106,15 @@ def to_frame(table: TraceTable) -> pl.DataFrame:
             "args": pl.Series([bytes(one).decode("utf-8", "replace") for one in table.args], dtype=pl.String),
         }
     )
+
+
+def _path_of(table: TraceTable) -> pl.DataFrame:
+    """The critical path without Python frames, which have tracks of their own and would cut it into crumbs."""
+    rows = np.flatnonzero(~table.is_kind(Kind.PYTHON))
+    path = critical_path(table.select(rows))
+    found = path["row"].to_numpy()
+    numbers = np.where(found >= 0, rows[np.maximum(found, 0)], -1) if rows.size else found
+    return path.with_columns(pl.Series("row", numbers, pl.Int64))
 
 
 def _of_rank(frame: pl.DataFrame, table: TraceTable) -> pl.DataFrame:

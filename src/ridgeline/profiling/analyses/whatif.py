@@ -111,7 +111,8 @@ def parse_change(text: str) -> Change:
 def what_if(table: TraceTable, change: str | Sequence[str], window: tuple[int, int] | None = None) -> pl.DataFrame:
     """Predicted length of ``window`` (default: the whole capture) under each change alone; columns as in ``COLUMNS``.
 
-    One row per change. Empty when the trace has no event to replay.
+    One row per change. Empty when the trace has no event to replay. A step's window is as long as the host took for it:
+    where the host only runs ahead of the device, ask for several steps or the whole capture.
 
     Raises:
         UserError: a change that cannot be read, or a pattern that no event of the trace fits.
