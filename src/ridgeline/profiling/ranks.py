@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ridgeline.profiling.gather import Columns
-from ridgeline.profiling.table import DEVICE_KINDS, Kind, TraceTable
+from ridgeline.profiling.table import Kind, TraceTable
 
 _RANK = re.compile(r"\brank[\s_:#-]*(\d{1,7})\b", re.IGNORECASE)
 _PARALLEL = re.compile(r"\[((?:(?:TP|DP|PP|EP|CP)-?\d+-?)+)\]")
@@ -122,7 +122,7 @@ def name_devices(table: TraceTable, labels: dict[str, str]) -> tuple[TraceTable,
         table = replace(table, kind=kind, stream=stream)
     unknown = int((table.kind == Kind.DEVICE_OTHER).sum())
     note = f"{unknown} device events of a kind we do not know are kept as such"
-    return table, [note] if unknown and set(DEVICE_KINDS) else []
+    return table, [note] if unknown else []
 
 
 def _npu_kind(task: str) -> Kind:
