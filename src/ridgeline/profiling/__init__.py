@@ -8,6 +8,7 @@ from ridgeline.profiling.capture import ProfileSpec, StepProfiler
 from ridgeline.profiling.load import find_traces, load_table
 from ridgeline.profiling.results import PARTS, RankBreakdown, StepBreakdown, StepParts
 from ridgeline.profiling.session import Profiled, is_trace, profile_target, record
+from ridgeline.profiling.trace import Trace
 from ridgeline.profiling.verdict import Finding, Verdict, verdict
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "StepBreakdown",
     "StepParts",
     "StepProfiler",
+    "Trace",
     "Verdict",
     "analyze",
     "break_down",

@@ -113,6 +113,8 @@ def si(value: float | None, unit: str, base: float = 1000.0) -> str:
     if value is None:
         return "–"
     for prefix in ("", "k", "M", "G", "T", "P"):
+        if base == 1024 and not prefix and abs(value) < base:
+            return f"{value:.3g} B"  # a count of bytes has no binary prefix to wait for
         if abs(value) < base or prefix == "P":
             text = f"{value:.3g} {prefix.upper() if base == 1024 else prefix}{unit}"
             return " ".join(text.split())
