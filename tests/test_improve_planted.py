@@ -1,4 +1,5 @@
-"""Planted bottlenecks in jobs that nobody edits: each is found at its line, fixed where a knob exists, and proven."""
+"""Planted bottlenecks in jobs that nobody edits: each is found at its line, fixed where a knob exists, and proven.
+And a configuration of ours, whose knobs are overrides."""
 
 from __future__ import annotations
 
@@ -13,7 +14,10 @@ import pytest
 
 from ridgeline.errors import JobError
 from ridgeline.profiling.improve import Improvement, Plan, Row, improve
+from ridgeline.profiling.improve.plan import check_result, own_findings
+from ridgeline.profiling.improve.trial import OwnJob
 from ridgeline.runs import Run
+from train_tools import corpus, pretend_ceilings, tiny, toml
 
 PLANTED = Path(__file__).parent / "planted"
 PLAN = Plan(warmup=3, timed=10, timeout=100.0)
@@ -161,3 +165,22 @@ def test_jobs_that_cannot_be_improved_say_why_in_one_line(tmp_path: Path) -> Non
         improve([PYTHON, "-c", "import time; time.sleep(60)"], plan=Plan(timeout=1.0), runs_root=tmp_path)
     assert all(Run.open(folder).info["status"] == "failed" for folder in tmp_path.iterdir())
     assert "RIDGELINE_IMPROVE_SPEC" not in os.environ
+
+
+def test_a_configuration_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Knobs are overrides: two rows a pass instead of one halve the passes, the losses stay, no model is exported."""
+    (tmp_path / "cache").mkdir()
+    pretend_ceilings(tmp_path / "cache")
+    monkeypatch.setenv("RIDGELINE_CACHE", str(tmp_path / "cache"))
+    config = toml(tiny(corpus(tmp_path), train__micro_batch_size=1), tmp_path / "tiny.toml")
+    plan = Plan(warmup=2, timed=4, timeout=100.0)
+    job = OwnJob(str(config), ["train.seed=3"], tmp_path / "trials", plan)
+    base = job.run((), plan, profile=True)
+    found = [one for one in own_findings(job, base) if one.knob and one.knob.name == "micro-batch"]
+    assert found and found[0].knob is not None and 0 < found[0].predicted[1] < base.step_seconds
+    assert found[0].knob.overrides == ("train.micro_batch_size=2",)
+    halved = job.run([found[0].knob], plan)
+    assert check_result([base], halved, found[0].knob).same and halved.step_seconds < base.step_seconds
+    config_used = Run.open("latest", tmp_path / "trials" / "run01").config["train"]
+    assert (config_used["micro_batch_size"], config_used["global_batch_size"], config_used["seed"]) == (2, 8, 3)
+    assert not list(tmp_path.glob("trials/*/*/artifacts/model"))
