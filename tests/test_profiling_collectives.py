@@ -350,3 +350,38 @@ def test_modules_need_stacks() -> None:
     with_stacks = parse_table(text(events), "rank0.json", stacks=True)
     assert collectives(with_stacks)["module"].to_list() == ["nn.Module: Linear_3"]
     assert collectives(table(events))["module"].to_list() == [None]
+
+
+ODD = [None, -5, 2**70, "x", [], [[]], [[2**62, 8]], [["a"]], {"a": 1}, True, 3.5, "[0, 1]", "Float"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "Collective name",
+                "In msg nelems",
+                "Group size",
+                "dtype",
+                "Seq",
+                "Input Dims",
+                "Input type",
+                "Process Group Name",
+            ]
+        ),
+        st.sampled_from(ODD),
+    ),
+    st.integers(-50, 50),
+)
+def test_odd_arguments_are_no_facts_and_no_crash(arguments: dict[str, Any], length: int) -> None:
+    """What a damaged file may hold: the row stays, with nulls; counts that no column holds are not stated."""
+    events = [
+        step(10**30, 0, 900),
+        kernel("ncclKernel_AllReduce(x)", 100, length, 1, COMM_STREAM, **arguments),
+        kernel("gemm", 90, 40, 2),
+    ]
+    (row,) = collectives(table(events)).rows(named=True)
+    assert row["bytes"] is None or 0 <= row["bytes"] < 2**63
+    assert row["hidden_ns"] >= 0 and row["exposed_ns"] >= 0
+    assert row["hidden_ns"] + row["exposed_ns"] == max(0, 1000 * length)

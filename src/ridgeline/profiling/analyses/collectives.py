@@ -101,6 +101,7 @@ def collectives(
     if rows:
         busy, _ = _busy(table, user_table)
         arrival, end = frame["arrival_ns"].to_numpy(), frame["end_ns"].to_numpy()
+        end = np.maximum(arrival, end)  # a damaged file may say otherwise
         hidden = covered(busy, arrival, end)
         frame = frame.with_columns(
             pl.Series("hidden_ns", hidden, pl.Int64), pl.Series("exposed_ns", end - arrival - hidden, pl.Int64)
@@ -314,6 +315,6 @@ def _steps(table: TraceTable, moments: Any) -> list[int | None]:
     starts = np.array([start for _, start, _ in windows], np.int64)
     at = np.searchsorted(starts, moments, side="right") - 1
     return [
-        windows[one][0] if one >= 0 and moment < windows[one][2] else None
+        windows[one][0] if one >= 0 and moment < windows[one][2] and windows[one][0] < 2**63 else None
         for one, moment in zip(at.tolist(), moments.tolist(), strict=True)
     ]

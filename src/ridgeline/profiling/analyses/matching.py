@@ -82,9 +82,17 @@ def match_collectives(tables: dict[int, TraceTable], ceiling: Ceiling = None, st
 
     ``step``: only the collectives called in that profiler step; all of the capture are matched and align the clocks.
     """
+    return match_and_align(tables, ceiling, step)[0]
+
+
+def match_and_align(
+    tables: dict[int, TraceTable], ceiling: Ceiling = None, step: int | None = None
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The frames of ``match_collectives`` and ``clock_offsets`` in one go."""
     paired = _pairs(tables)
-    found = _measured(paired, _offsets(tables, paired), _worlds(tables), ceiling)
-    return found if step is None else found.filter(pl.col("step") == step)
+    offsets = _offsets(tables, paired)
+    found = _measured(paired, offsets, _worlds(tables), ceiling)
+    return (found if step is None else found.filter(pl.col("step") == step)), offsets
 
 
 def clock_offsets(tables: dict[int, TraceTable]) -> pl.DataFrame:

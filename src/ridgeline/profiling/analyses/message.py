@@ -75,8 +75,8 @@ class Message:
             return None
         ranks = self.group_size or world
         if self.input_only and op == "all_gather":
-            return self.elements * width * ranks if ranks else None
-        return self.elements * width
+            return _count(self.elements * width * ranks) if ranks else None
+        return _count(self.elements * width)
 
 
 def read_messages(table: TraceTable, sources: list[Any]) -> list[Message]:
@@ -137,7 +137,8 @@ def _dtype(found: _Arguments) -> str | None:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None
+    """A count that a column can hold, or None."""
+    return value if isinstance(value, int) and 0 <= value < 2**63 else None
 
 
 def _text(value: Any) -> str | None:

@@ -21,7 +21,7 @@ import polars as pl
 
 from ridgeline.profiling import classify
 from ridgeline.profiling.analyses.blame import NOTHING, blame
-from ridgeline.profiling.analyses.matching import clock_offsets, match_collectives
+from ridgeline.profiling.analyses.matching import match_and_align, match_collectives
 from ridgeline.profiling.analyses.temporal import step_windows
 from ridgeline.profiling.communication import IDLE_GAP_NS, host_collectives, host_communication, straggler
 from ridgeline.profiling.intervals import close_gaps, covered, merge
@@ -84,12 +84,12 @@ def find_stragglers(
     is the largest of 100 us, 1 % of the median step, and the clocks' uncertainty."""
     empty = pl.DataFrame(schema=_STRAGGLER_SCHEMA)
     steps = {rank: [one for one in step_windows(t) if step in (None, one[0])] for rank, t in tables.items()}
-    limit = threshold_ns if threshold_ns is not None else _threshold(tables, steps)
-    matches = match_collectives(tables, step=step)
+    matches, offsets = match_and_align(tables, step=step)
+    limit = threshold_ns if threshold_ns is not None else _threshold(tables, steps, offsets)
     whole = matches.filter("complete")
     if whole.is_empty():
         return StragglerVerdict(empty, limit, _why_not(tables, matches), False)
-    typical = _typical(whole, limit)
+    typical = _typical(whole)
     idle = _idle_by_step(tables, steps) if not any(table.has_device_timeline for table in tables.values()) else {}
     asleep = straggler(idle)
     named = sorted(_dear(typical, whole, limit) | ({asleep["rank"]} if asleep else set()))
@@ -123,14 +123,16 @@ def wait_matrix(tables: dict[int, TraceTable], step: int | None = None) -> pl.Da
     return grouped.select(*_WAIT_SCHEMA).sort(order, descending=[True, False, False, False, False])
 
 
-def _threshold(tables: dict[int, TraceTable], steps: dict[int, list[tuple[int, int, int]]]) -> int:
+def _threshold(
+    tables: dict[int, TraceTable], steps: dict[int, list[tuple[int, int, int]]], offsets: pl.DataFrame
+) -> int:
     spans = [end - start for windows in steps.values() for _, start, end in windows]
     spans = spans or [int(table.end.max() - table.start.min()) for table in tables.values() if len(table)]
-    unsure = clock_offsets(tables)["uncertainty_ns"].drop_nulls().to_list()
+    unsure = offsets["uncertainty_ns"].drop_nulls().to_list()
     return int(max([MINIMUM_NS, int(SHARE * np.median(spans)) if spans else 0, *unsure]))
 
 
-def _typical(whole: pl.DataFrame, limit: int) -> dict[int, int]:
+def _typical(whole: pl.DataFrame) -> dict[int, int]:
     """rank -> what it costs in a typical step: the lower median over all steps, so that it must be last in more than
     half of them. Collectives outside of steps are one step of their own when there is no other."""
     inside = whole.filter(pl.col("step").is_not_null())
