@@ -79,7 +79,7 @@ def kernels(
     if roles is not None:
         show(trace.classify_kernels(str(roles), step), "Roles of kernels", top, as_json)
         return
-    why = why_empty(_first(trace), by)  # type: ignore[arg-type]
+    why = why_empty(_first(trace), by)
     show(trace.kernel_breakdown(by, step), f"Device work by {by}", top, as_json, why)
 
 
