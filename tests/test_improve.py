@@ -271,3 +271,10 @@ def test_habits_of_the_trace_become_findings(monkeypatch: pytest.MonkeyPatch) ->
     found = list(module.habits(base))  # type: ignore[arg-type]
     assert [(name, knob and knob.name) for name, _, _, _, knob in found] == [(names[0], None), (names[1], "tf32")]
     assert found[0][1] == pytest.approx(0.0015) and found[0][2:4] == ("a.py(3): f", "unbind")
+
+
+def test_help_and_the_parent_need_no_torch() -> None:
+    """The verb's help imports neither torch nor numpy; the parent process never imports torch."""
+    for module, heavy in (("ridgeline.cli.improve", ("torch", "numpy")), ("ridgeline.profiling.improve", ("torch",))):
+        code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in {heavy}))"
+        assert subprocess.run([sys.executable, "-c", code]).returncode == 0, module

@@ -29,7 +29,9 @@ def improve(
     warmup: int = typer.Option(5, "--warmup", min=1, help="Steps before, left out: compilation, allocation, caches."),
     rounds: int = typer.Option(2, "--rounds", min=1, help="Times A B B A for every knob."),
     top: int = typer.Option(3, "--top", min=0, help="Findings whose knobs are tried."),
-    knob: str = typer.Option(None, "--knob", metavar="NAME", help="Try only this knob."),
+    knob: str = typer.Option(
+        None, "--knob", metavar="NAME", help="Try only this one: workers, fused, compile, autocast, ..."
+    ),
     timeout: float = typer.Option(600.0, "--timeout", min=1.0, help="Seconds one run may take."),
     runs: Path = RUNS_OPTION,
     as_json: bool = JSON_OPTION,
