@@ -122,9 +122,9 @@ def test_an_interrupted_load_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_memory_is_bounded_by_rows_and_not_by_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events with long arguments, streamed: the table keeps 45 bytes a row and none of the text."""
+    """Events with long arguments, streamed: the table keeps 37 bytes a row and none of the text."""
     made = [event("aten::mm", "cpu_op", at, 1, shapes="x" * 2000) for at in range(2000)]
     monkeypatch.setattr(load, "STREAM_BYTES", 1 << 20)
     table = parse_table(text(made), "a.json")
     assert table.meta.streamed and not any(table.args[row] for row in range(len(table)))
-    assert sum(getattr(table, column).nbytes for column in COLUMNS) == 45 * len(table)
+    assert sum(getattr(table, column).nbytes for column in COLUMNS) == 37 * len(table)

@@ -132,8 +132,9 @@ def _table(source: str, columns: Columns, header: Header, chunks: Chunks) -> Tra
     name, thread = name[order], thread[order]
     kind = columns.take("kind", np.int8)[order]
     kind[(kind == Kind.CPU_OP) & look_up(columns.annotation_names(names), name)] = Kind.ANNOTATION
-    correlation = columns.take("correlation", np.int64)[order]
-    device, stream = columns.take("device", np.int32)[order], columns.take("stream", np.int64)[order]
+    number = np.int32 if columns.streaming else np.int64
+    correlation = columns.take("correlation", number)[order]
+    device, stream = columns.take("device", np.int32)[order], columns.take("stream", number)[order]
     args = columns.take_args(order)
     skipped = columns.skipped()
     links = _links(columns.arrows(), thread_place, _with_rows(thread, len(threads)), base, skipped)

@@ -41,8 +41,8 @@ class Store:
             at += piece.size
 
     def take(self, dtype: Any) -> NDArray[Any]:
-        """The whole column as ``dtype``; the store is empty afterwards."""
-        out, at = np.empty(self._count, dtype), 0
+        """The whole column as ``dtype``, or wider where that does not hold it; the store is empty afterwards."""
+        out, at = np.empty(self._count, np.promote_types(dtype, self._dtype)), 0
         self._blocks.reverse()
         while self._blocks:
             block = self._blocks.pop()

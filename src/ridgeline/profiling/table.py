@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple, TypeVar
 
@@ -142,7 +142,8 @@ class TraceTable:
     """Columns of one rank's trace; every array is ``[rows]``. ``start`` and ``end`` are ns since the epoch's base.
 
     ``thread`` is a code into ``threads``, ``(pid, tid)`` as text; for device rows that pair is the device and stream.
-    ``correlation`` (of device and runtime rows), ``device`` and ``stream`` (of device rows) are -1 where absent.
+    ``correlation`` (of device and runtime rows), ``device`` and ``stream`` (of device rows) are -1 where absent; in a
+    streamed table they are int32 where that holds them.
     ``args[row]`` is raw JSON, empty where the event has none or a streamed load did not keep it.
     """
 
@@ -210,10 +211,6 @@ class TraceTable:
             device=self.device[rows],
             stream=self.stream[rows],
         )
-
-    def rows_of(self, chosen: Mask) -> TraceTable:
-        """The table of these rows alone; names, threads, links and marks stay. ``[rows]``"""
-        return self.select(np.flatnonzero(chosen))
 
     def decode(self, rows: NDArray[np.intp], shape: type[_Shape]) -> Iterator[_Shape | None]:
         """Arguments of these rows as ``shape`` (a msgspec Struct of the fields wanted, all with defaults); None where a
