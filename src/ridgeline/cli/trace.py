@@ -342,7 +342,9 @@ def load(path: str, stacks: bool = False) -> Trace:
 
     from ridgeline.profiling.trace import Trace
 
-    with Progress("reading", BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console(True)) as bar:
+    with Progress(
+        "reading", BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console(True), transient=True
+    ) as bar:
         task = bar.add_task("read", total=None)
         trace = Trace.load(
             located(path), stacks=stacks, progress=lambda done, total: bar.update(task, completed=done, total=total)

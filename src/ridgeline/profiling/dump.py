@@ -85,6 +85,8 @@ def frames() -> dict[str, Callable[[Trace], pl.DataFrame]]:
         "overlap": lambda t: t.communication_overlap(),
         "stragglers": lambda t: t.stragglers(),
         "waits": lambda t: t.wait_matrix(),
+        "matched_collectives": lambda t: t.match_collectives(),
+        "clock_offsets": lambda t: t.clock_offsets(),
         "call_tree": lambda t: t.call_tree(),
         "critical_path": lambda t: t.critical_path(),
         "roofline": lambda t: t.roofline(),

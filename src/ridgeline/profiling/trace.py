@@ -104,16 +104,6 @@ class Trace:
 
         return None if step is None else step_window(self.tables[rank], step)
 
-    def stepped(self, step: int | None) -> Trace:
-        """Only the events that start in a profiler step, for analyses that match events across ranks."""
-        if step is None:
-            return self
-        tables = {}
-        for rank, table in self.tables.items():
-            low, high = self.window(rank, step) or (0, 0)
-            tables[rank] = table.rows_of((table.start >= low) & (table.start < high))
-        return Trace(tables, self.source)
-
     def per_rank(self, analysis: Callable[..., pl.DataFrame], *args: Any, **options: Any) -> pl.DataFrame:
         """``analysis(table, ...)`` of every rank, below each other, with the rank in front."""
         frames = [
@@ -186,16 +176,26 @@ class Trace:
 
     def stragglers(self, step: int | None = None, threshold_ns: int | None = None) -> pl.DataFrame:
         """Ranks that made others wait at collectives, the dearest first; empty when there is none."""
-        frame: pl.DataFrame = analysis("ranks").stragglers(dict(self.stepped(step).tables), threshold_ns)
+        frame: pl.DataFrame = analysis("ranks").stragglers(dict(self.tables), threshold_ns, step)
         return frame
 
     def straggler_verdict(self, step: int | None = None, threshold_ns: int | None = None) -> Any:
         """The same with its threshold and a sentence, also when nothing can be said."""
-        return analysis("ranks").find_stragglers(dict(self.stepped(step).tables), threshold_ns)
+        return analysis("ranks").find_stragglers(dict(self.tables), threshold_ns, step)
 
     def wait_matrix(self, step: int | None = None) -> pl.DataFrame:
         """Who made whom wait, at which collective, and what the late rank ran meanwhile."""
-        frame: pl.DataFrame = analysis("ranks").wait_matrix(dict(self.stepped(step).tables))
+        frame: pl.DataFrame = analysis("ranks").wait_matrix(dict(self.tables), step)
+        return frame
+
+    def match_collectives(self, step: int | None = None, ceiling: Any = None) -> pl.DataFrame:
+        """Every collective once per rank: arrival on one clock, transfer, waiting, and who came last."""
+        frame: pl.DataFrame = analysis("matching").match_collectives(dict(self.tables), ceiling, step)
+        return frame
+
+    def clock_offsets(self) -> pl.DataFrame:
+        """Each rank's clock against the first's, with its uncertainty and what it rests on."""
+        frame: pl.DataFrame = analysis("matching").clock_offsets(dict(self.tables))
         return frame
 
     def anti_patterns(self, step: int | None = None) -> pl.DataFrame:

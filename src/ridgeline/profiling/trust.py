@@ -22,6 +22,7 @@ UNSAFE = {
     "no_device_timeline": ("compute", "idle", "kernels"),
     "missing_steps": ("per-step means",),
     "missing_ranks": ("stragglers", "critical path across ranks"),
+    "clock_offset": ("waits below the uncertainty",),
     "negative_duration": ("sums",),
     "unknown_device_rows": ("compute",),
     "repair": ("whatever the repaired text said",),
@@ -52,7 +53,21 @@ def defects(trace: Trace) -> list[Defect]:
     if absent:
         held = len(trace.tables)
         found.append(_defect(None, "missing_ranks", len(absent), f"{held} of the job's {trace.world} ranks are here"))
-    return found
+    return [*found, *_clocks(trace)]
+
+
+def _clocks(trace: Trace) -> Iterator[Defect]:
+    """Clocks of other hosts that had to be aligned, and how well that could be done."""
+    if len(trace.tables) < 2:
+        return
+    for row in trace.clock_offsets().iter_rows(named=True):
+        offset, doubt = row["offset_ns"], row["uncertainty_ns"]
+        if offset is None:
+            yield _defect(row["rank"], "clock_offset", 0, "no matched collective ties its clock to the other ranks'")
+        elif offset:
+            known = "of unknown uncertainty" if doubt is None else f"+- {doubt / 1e3:.1f} us"
+            text = f"its clock is {offset / 1e3:.1f} us ahead, {known} ({row['evidence']})"
+            yield _defect(row["rank"], "clock_offset", abs(offset), text)
 
 
 def _defect(rank: int | None, kind: str, count: int, message: str) -> Defect:
