@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ridgeline.errors import JobError
@@ -184,3 +185,19 @@ def test_a_configuration_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     config_used = Run.open("latest", tmp_path / "trials" / "run01").config["train"]
     assert (config_used["micro_batch_size"], config_used["global_batch_size"], config_used["seed"]) == (2, 8, 3)
     assert not list(tmp_path.glob("trials/*/*/artifacts/model"))
+
+
+def test_sigterm_takes_the_job_with_it(tmp_path: Path) -> None:
+    command = [PYTHON, "-m", "ridgeline", "improve", "--steps", "10000", "--runs", str(tmp_path)]
+    command += ["--", PYTHON, str(PLANTED / "slow_loader.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as verb:
+        deadline, jobs = time.monotonic() + 60, []
+        while not jobs and time.monotonic() < deadline:
+            below = psutil.Process(verb.pid).children(recursive=True)
+            jobs = [one for one in below if any("slow_loader.py" in word for word in one.cmdline())]
+            time.sleep(0.05)
+        assert jobs
+        verb.terminate()
+        _, errors = verb.communicate(timeout=30)
+    assert verb.returncode == 130 and "Traceback" not in errors
+    assert psutil.wait_procs(jobs, timeout=10)[1] == []

@@ -259,7 +259,9 @@ def whatif(
 
     trace = load(path).only(rank)
     asked = change or [name for name in CHANGES if ":" not in name]
-    show(trace.what_if(asked, step), "What if", 100, as_json, "no event to replay")
+    together = len(trace.tables) > 1 and step is None
+    found = trace.what_if_across(asked) if together else trace.what_if(asked, step)
+    show(found, "What if, all ranks together" if together else "What if", 100, as_json, "no event to replay")
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 
 from ridgeline.errors import UserError
+from ridgeline.profiling.analyses.overlays import waiting_and_transfer
 from ridgeline.profiling.explain import explain
 from ridgeline.profiling.export import annotate, to_parquet
 from ridgeline.profiling.summary import rank_rows
@@ -54,11 +55,13 @@ def to_perfetto(trace: Trace, out: Path) -> list[Path]:
 
     Several ranks get a file each, ``NAME.rankN.json``.
     """
-    written = []
+    written, together = [], None
+    if len(trace.tables) > 1:
+        together = waiting_and_transfer(trace.match_collectives())
     for rank in trace.tables:
         one = trace.only(rank)
         name = out.name if len(trace.tables) == 1 else out.name.replace(".json", f".rank{rank}.json", 1)
-        tracks = {"idle": one.idle_gaps(top=1000), "collectives": one.collectives()}
+        tracks = {"idle": one.idle_gaps(top=1000), "collectives": one.collectives() if together is None else together}
         filled = {title: frame for title, frame in tracks.items() if not frame.is_empty()}
         written.append(annotate(one.tables[rank], out.with_name(name), filled, one.critical_path()))
     return written

@@ -219,6 +219,11 @@ class Trace:
         """The time predicted with a change, beside the measured one."""
         return self.windowed(analysis("whatif").what_if, step, change=change)
 
+    def what_if_across(self, change: str | Sequence[str]) -> pl.DataFrame:
+        """The same for all ranks together: a collective waits for the last one, whatever the change."""
+        frame: pl.DataFrame = analysis("whatif").what_if_across(dict(self.tables), change)
+        return frame
+
     def roofline(self, ceilings: Mapping[str, Any] | None = None, step: int | None = None) -> pl.DataFrame:
         """FLOPs, bytes and rates per operator, against the ceilings when they are known."""
         return self.windowed(analysis("roofline").roofline, step, ceilings=ceilings)

@@ -270,4 +270,8 @@ def _compare(a: pl.DataFrame, b: pl.DataFrame, steps: list[int] | None, measure:
     out = out.with_columns(
         (values[1] - values[0]).alias("delta_ns"), pl.lit("step and rank" if steps else "capture").alias("per")
     )
-    return out.select(*_DIFF_SCHEMA).cast(pl.Schema(_DIFF_SCHEMA)).sort(pl.col("delta_ns").abs(), "name", descending=[True, False])
+    return (
+        out.select(*_DIFF_SCHEMA)
+        .cast(pl.Schema(_DIFF_SCHEMA))
+        .sort(pl.col("delta_ns").abs(), "name", descending=[True, False])
+    )
