@@ -17,6 +17,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def main() -> int:
     limits = ceilings(quick=options.quick)
     shape = TINY if options.quick else LLAMA_160M
     results: dict[str, Any] = {}
-    for name, check in CHECKS.items():
+    checks = CHECKS | ({"captures": partial(captures, options.out.parent / "captures")} if options.out else {})
+    for name, check in checks.items():
         results[name] = run_check(check, options.device, shape, limits)
         print(f"{name}: {results[name]}", flush=True)
     document = {
@@ -176,6 +178,29 @@ def decode_step(device: str, shape: dict[str, int], limits: Ceilings) -> dict[st
         seconds = median_seconds(lambda: model.logits(model(token)), device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {"seconds": seconds, "mbu_of_measured_read": weights / seconds / limits.read_bytes_per_second}
+
+
+def captures(folder: Path, device: str, shape: dict[str, int], limits: Ceilings) -> dict[str, Any]:
+    """Three profiled training steps, and on a GPU a memory snapshot, left beside ``--out``: what `ridgeline trace`
+    reads. They are read elsewhere, because reading needs packages that this machine may lack."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = torch.randint(0, shape["vocab"], (shape["batch"], shape["context"] + 1), device=device)
+    model = decoder(shape).to(device, torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    if device == "cuda":
+        torch.cuda.memory._record_memory_history(stacks="python")
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=3)
+    keep = lambda made: made.export_chrome_trace(str(folder / "trace.json.gz"))
+    with torch.profiler.profile(
+        schedule=schedule, on_trace_ready=keep, record_shapes=True, profile_memory=True, with_stack=True
+    ) as profiler:
+        for _ in range(5):
+            _step(model, optimizer, tokens)
+            profiler.step()
+    if device == "cuda":
+        torch.cuda.memory._dump_snapshot(str(folder / "snapshot.pickle"))
+        torch.cuda.memory._record_memory_history(enabled=None)
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
 
 
 CHECKS: dict[str, Check] = {
