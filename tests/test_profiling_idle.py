@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ridgeline.profiling.analyses.idle import CAUSES, COLUMNS, idle_by_cause, idle_gaps, why_empty
-from ridgeline.profiling.load import load_table
+from ridgeline.profiling.analyses.idle import CAUSES, COLUMNS, garbage_rows, idle_by_cause, idle_gaps, why_empty
+from ridgeline.profiling.load import load_table, parse_table
 from test_profiling_launches import (
     AMG,
     CONTROL,
@@ -265,3 +266,15 @@ def test_the_planted_straggler_sleeps_and_its_peer_does_not():
     found = idle_gaps(sleepy)
     assert [round(ns / 1e6, 1) for ns in found["idle_ns"]] == [4.9, 3.1, 3.1] and set(found["cause"]) == {"unknown"}
     assert why_empty(load_table(TRACES / CUPTI)) is not None
+
+
+def test_garbage_collections_are_seen_without_stacks() -> None:
+    """torch writes them under the category of Python frames, which a load without stacks leaves out."""
+    events = [
+        {"ph": "X", "cat": "python_function", "name": name, "pid": 1, "tid": 1, "ts": ts, "dur": 5, "args": {}}
+        for name, ts in (("file.py(1): work", 0), ("Python GC", 10))
+    ]
+    table = parse_table(json.dumps({"traceEvents": events}).encode(), "t.json")
+    assert [table.names[code] for code in table.name.tolist()] == ["Python GC"]
+    assert table.meta.skipped == {"X:python_function": 1}
+    assert garbage_rows(table).tolist() == [True]

@@ -53,7 +53,7 @@ from ridgeline.profiling.intervals import (
     total,
     union,
 )
-from ridgeline.profiling.load import find_traces, load_table
+from ridgeline.profiling.load import load_tables
 from ridgeline.profiling.ops import op_times
 from ridgeline.profiling.results import PARTS, SPLIT_PARTS, DeviceSpan, RankBreakdown, StepBreakdown, StepParts
 from ridgeline.profiling.table import TraceTable
@@ -65,7 +65,7 @@ def analyze(where: str | Path | Sequence[str | Path]) -> StepBreakdown:
     Raises:
         UserError: no trace, a damaged one, one without a timed event, or two files of one rank.
     """
-    return combine([break_down(load_table(path), fallback_rank=at) for at, path in enumerate(find_traces(where))])
+    return combine([break_down(table, fallback_rank=at) for at, table in enumerate(load_tables(where))])
 
 
 def combine(ranks: list[RankBreakdown]) -> StepBreakdown:

@@ -82,6 +82,10 @@ class Phases:
 
 def find_phases(table: TraceTable) -> Phases:
     """Phases from the ``ridgeline.*`` ranges; for a foreign trace from the names torch itself gives."""
+    return table.once("phases", lambda: _find_phases(table))
+
+
+def _find_phases(table: TraceTable) -> Phases:
     ranges: dict[str, Intervals] = {}
     evidence: dict[str, str] = {}
     annotation = table.is_kind(Kind.ANNOTATION)
@@ -206,6 +210,14 @@ def kernel_roles(
     Raises:
         UserError: a wrong pattern or role in ``user_table``.
     """
+    if not user_table:
+        return table.once("kernel roles", lambda: _kernel_roles(table, phases, launched, {}))
+    return _kernel_roles(table, phases, launched, user_table)
+
+
+def _kernel_roles(
+    table: TraceTable, phases: Phases, launched: NDArray[np.intp], user_table: Mapping[str, str]
+) -> KernelRoles:
     role, evidence = np.full(len(table), -1, np.int8), np.full(len(table), -1, np.int8)
     kernel = table.is_kind(Kind.KERNEL)
     by_launch, computed = _launchers(table, launched)
@@ -214,7 +226,7 @@ def kernel_roles(
         open_rows = rows & (role < 0)
         role[open_rows], evidence[open_rows] = ROLES.index(what), EVIDENCE.index(how)
 
-    for pattern, what in checked_roles(user_table or {}):
+    for pattern, what in checked_roles(user_table):
         settle(table.device_rows & table.named(pattern.search), what, "user table")
     settle(table.is_kind(Kind.MEMCPY, Kind.MEMSET), "memory", "category")
     settle(table.is_kind(Kind.DEVICE_OTHER), "unknown", "none")
@@ -294,6 +306,10 @@ def _beside_collectives(table: TraceTable, kernel: Mask, role: NDArray[np.int8])
 
 def launches(table: TraceTable) -> NDArray[np.intp]:
     """For every row the runtime call with the same correlation id, or -1. One call may launch many rows (graphs)."""
+    return table.once("launches", lambda: _launches(table))
+
+
+def _launches(table: TraceTable) -> NDArray[np.intp]:
     out = np.full(len(table), -1, np.intp)
     device, runtime = np.flatnonzero(table.device_rows), np.flatnonzero(table.is_kind(Kind.RUNTIME))
     ids = table.correlation[runtime]

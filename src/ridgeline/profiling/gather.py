@@ -24,6 +24,7 @@ from ridgeline.profiling.store import Store
 from ridgeline.profiling.table import ANNOTATION_NAMES, DEVICE_KINDS, Kind, Mark, Mask, kind_of
 
 _ROW, _ARROW, _MARK, _LABEL, _SKIP = range(5)
+_COLLECTION = "Python GC"
 _LAUNCH_KINDS = np.isin(np.arange(len(Kind)), (Kind.RUNTIME, *DEVICE_KINDS))
 _KEPT_KINDS = np.isin(np.arange(len(Kind)), (Kind.MEMCPY, Kind.MEMSET, Kind.COUNTER_RANGE, Kind.DEVICE_OTHER))
 _LABELS = ("process_name", "process_labels")
@@ -144,8 +145,9 @@ class Columns:
             return
         sort = self._sorts.of([e.ph for e in events], [e.cat for e in events])
         self._learn_sorts()
-        role = self._roles[sort]
-        self._counts[: len(self._sorts)] += np.bincount(sort, minlength=len(self._sorts))
+        role = self._with_collections(events, self._roles[sort])
+        counted = sort[(role != _ROW) | (self._roles[sort] == _ROW)]
+        self._counts[: len(self._sorts)] += np.bincount(counted, minlength=len(self._sorts))
         rows = events
         if (role != _ROW).any():
             self._other(events, role)
@@ -153,6 +155,16 @@ class Columns:
             sort = sort[role == _ROW]
         if rows:
             self._add_rows(rows, self._kinds[sort])
+
+    def _with_collections(self, events: list[Event], role: NDArray[np.int8]) -> NDArray[np.int8]:
+        """Python's garbage collections carry the category of stacks, and are wanted without them too."""
+        left_out = role == _SKIP
+        if self._stacks or not left_out.any():
+            return role
+        rows = np.flatnonzero(left_out)
+        found = [event.name == _COLLECTION for event in compress(events, left_out.tolist())]
+        role[rows[np.array(found, np.bool_)]] = _ROW
+        return role
 
     def _learn_sorts(self) -> None:
         """The role and kind of every (phase, category) met so far."""

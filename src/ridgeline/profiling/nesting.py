@@ -87,7 +87,7 @@ def nest(table: TraceTable, chosen: Mask) -> Nesting:
 
 def operators(table: TraceTable) -> Nesting:
     """Nesting of the operators and named ranges of every host thread (no runtime calls, no Python frames)."""
-    return nest(table, table.is_kind(Kind.CPU_OP, Kind.ANNOTATION))
+    return table.once("operators", lambda: nest(table, table.is_kind(Kind.CPU_OP, Kind.ANNOTATION)))
 
 
 def launching_operator(nesting: Nesting, launched: NDArray[np.intp]) -> NDArray[np.intp]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ridgeline.profiling.intervals import Intervals, Times, union
 
 Mask = NDArray[np.bool_]
+_Made = TypeVar("_Made")
 _Shape = TypeVar("_Shape", bound=msgspec.Struct)
 
 
@@ -161,6 +162,7 @@ class TraceTable:
     stream: Times
     links: Links = field(default_factory=Links.none)
     marks: tuple[Mark, ...] = ()
+    _made: dict[str, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return int(self.start.size)
@@ -190,6 +192,13 @@ class TraceTable:
     def has_device_timeline(self) -> bool:
         """Whether the file recorded any accelerator work."""
         return bool(self.device_rows.any())
+
+    def once(self, what: str, make: Callable[[], _Made]) -> _Made:
+        """What ``make`` derives from this table alone, made at the first call and kept: many analyses want the same."""
+        if what not in self._made:
+            self._made[what] = make()
+        found: _Made = self._made[what]
+        return found
 
     @property
     def duration(self) -> Times:

@@ -102,7 +102,7 @@ def step_window(table: TraceTable, step: int) -> tuple[int, int]:
 
 def activity(table: TraceTable) -> Activity:
     """The sets of moments that every breakdown is made of."""
-    return _device(table) if table.has_device_timeline else _host(table)
+    return table.once("activity", lambda: _device(table) if table.has_device_timeline else _host(table))
 
 
 def _device(table: TraceTable) -> Activity:
