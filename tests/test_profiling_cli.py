@@ -86,12 +86,10 @@ def test_a_foreign_folder_is_read_and_left_alone(tmp_path: Path) -> None:
 
 
 def test_wrong_input_is_exit_code_two_and_one_line(tmp_path: Path) -> None:
-    """A damaged trace, other JSON, no such run, an override of what is only read, a wrong number."""
-    (tmp_path / "cut.json").write_bytes(text(CPU_STEP)[:-40])
+    """Other JSON, no such run, an override of what is only read, a wrong number."""
     (tmp_path / "whole.json").write_bytes(text(CPU_STEP))
     (tmp_path / "other.json").write_text("{}")
     for target, message in {
-        "cut.json": "not a whole profiler trace",
         "other.json": "without 'traceEvents'",
         "no-such-run": "not found",
         "absent.toml": "no such file",
@@ -100,9 +98,16 @@ def test_wrong_input_is_exit_code_two_and_one_line(tmp_path: Path) -> None:
             profile_target(str(tmp_path / target) if "." in target else target, runs_root=tmp_path / "runs")
     with pytest.raises(UserError, match="only read"):
         profile_target(str(tmp_path / "whole.json"), ["train.steps=3"])
-    shown = ridgeline("profile", "cut.json", cwd=tmp_path)
+    shown = ridgeline("profile", "other.json", cwd=tmp_path)
     assert (shown.returncode, shown.stdout) == (2, "")
-    assert shown.stderr.startswith("ridgeline: trace cut.json") and shown.stderr.count("\n") == 1
+    assert shown.stderr.startswith("ridgeline: trace other.json") and shown.stderr.count("\n") == 1
+
+
+def test_a_cut_trace_is_read_to_the_cut_and_says_so(tmp_path: Path) -> None:
+    """Its whole events are profiled; the repair opens the remarks."""
+    (tmp_path / "cut.json").write_bytes(text(CPU_STEP)[:-40])
+    shown = ridgeline("profile", "cut.json", cwd=tmp_path)
+    assert shown.returncode == 0 and "cut off after" in shown.stdout
 
 
 def test_runs_of_other_kinds_are_refused(tmp_path: Path) -> None:
