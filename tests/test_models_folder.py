@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,24 @@ def test_a_folder_that_is_no_model_is_not_overwritten(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["precious.txt"]
 
 
+@pytest.mark.parametrize("name", ["thesis.tex", "lora.safetensors", "notes/a.txt", ".git/HEAD", "runs.json"])
+def test_a_model_folder_with_a_file_of_somebody_else_is_not_replaced(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("years of work")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=f"holds {re.escape(name.partition('/')[0])}, which is no part of a model"):
+        save(small(), small().config, folder)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("content", ['{"database": "localhost"}', "[1]", "not JSON", '{"model_type": ""}'])
+def test_a_config_json_of_something_else_is_not_replaced(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json names no model_type"):
+        save(small(), small().config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == content and len(list(tmp_path.iterdir())) == 1
+
+
 FULL_DISK = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -183,10 +202,11 @@ def test_a_full_disk_leaves_the_old_folder_whole(folder):
 
 
 def test_saving_over_a_model_replaces_it_whole(folder, monkeypatch):
-    (folder / "stale.txt").write_text("from before")
+    stale = folder / "model-00001-of-00002.safetensors"
+    stale.write_bytes(b"from before")
     model = small(tie_embeddings=False)
     save(model, model.config, folder)
-    assert same(load(folder), model) and not (folder / "stale.txt").exists()
+    assert same(load(folder), model) and not stale.exists()
     monkeypatch.setattr("ridgeline.models.folder.write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
     with pytest.raises(JobError, match="No space"):
         save(small(), small().config, folder)

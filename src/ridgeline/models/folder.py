@@ -38,6 +38,9 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+# Everything `save` writes: a folder that holds another file is not ours to replace.
+WRITTEN = {"config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
+WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -166,6 +169,8 @@ def save(
 ) -> Path:
     """Write a folder that `load` and transformers read. A model folder already there is replaced.
 
+    One that holds any file of another kind is refused (`UserError` naming it), for replacing it would delete the file.
+
     ``model`` is a decoder or its state (our names). ``tokenizer_files`` is a folder to copy tokenizer files from, or
     the files. Raises `JobError` when the disk refuses; nothing is then left behind and an older folder is untouched.
     """
@@ -190,8 +195,7 @@ def write_folder(
 ) -> Path:
     """Write tensors under their Hugging Face names and both configurations; ``finish`` adds the tokenizer's files."""
     target = Path(path)
-    if target.exists() and not (target / "config.json").is_file() and (target.is_file() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not a model folder; it is not overwritten")
+    _refuse_foreign(target)
     with replaced_folder(target) as folder:
         _write_tensors(tensors, folder, shard_bytes)
         dtype = str(_widest(tensor.dtype for tensor in tensors.values())).removeprefix("torch.")
@@ -199,6 +203,31 @@ def write_folder(
         write_json(folder / "generation_config.json", generation_config(config))
         finish(folder)
     return target
+
+
+def _refuse_foreign(target: Path) -> None:
+    """`UserError` unless ``target`` is absent, empty, or a model folder with nothing else in it."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"{target} exists and is not a model folder; it is not overwritten")
+    entries = sorted(target.iterdir())
+    if entries and not (target / "config.json").is_file():
+        raise UserError(f"{target} exists and is not a model folder; it is not overwritten")
+    for entry in entries:
+        known = entry.name in WRITTEN or WEIGHTS.fullmatch(entry.name)
+        if not known or not entry.is_file():
+            raise UserError(f"{target} holds {entry.name}, which is no part of a model; it is not overwritten")
+    if entries and not _names_a_model(target / "config.json"):
+        raise UserError(f"{target / 'config.json'} names no model_type, so it is no model's; it is not overwritten")
+
+
+def _names_a_model(file: Path) -> bool:
+    try:
+        document = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and bool(document.get("model_type"))
 
 
 @contextlib.contextmanager
