@@ -25,7 +25,7 @@ from ridgeline.runs import list_runs
 from ridgeline.serving.load.runner import load_test, measure
 from ridgeline.serving.load.server_side import account, parse
 from ridgeline.serving.load.stats import percentile, percentiles, summarize
-from ridgeline.serving.load.workload import Exchange, LoadSettings, arrivals, bodies
+from ridgeline.serving.load.workload import Exchange, LoadSettings, arrivals, bodies, prompts
 from serving_fake import FakeEngine, running
 
 # ---- a server that does exactly what its script says --------------------------------------------------------------
@@ -306,13 +306,13 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('"one"\n{"prompt": "two"}\n\n{"text": "three"}\n')
     settings = LoadSettings("http://localhost:1", prompts=str(file), chat=True)
-    sent = [body["messages"][0]["content"] for body in islice(bodies(settings, "m"), 4)]
+    sent = [body["messages"][0]["content"] for body in islice(bodies(settings, "m", prompts(settings)), 4)]
     assert sent == ["one", "two", "three", "one"]
     file.write_text('"one"\n{"prompt": 5}\n')
     with pytest.raises(UserError, match="line 2"):
-        next(bodies(settings, "m"))
-    with pytest.raises(UserError, match="No such file"):
-        next(bodies(LoadSettings("http://localhost:1", prompts=str(tmp_path / "none")), "m"))
+        prompts(settings)
+    with pytest.raises(UserError, match=r"^--prompts \S+none: No such file or directory$"):
+        prompts(LoadSettings("http://localhost:1", prompts=str(tmp_path / "none")))
 
 
 def test_synthetic_prompts_differ_and_repeat_with_the_seed() -> None:
@@ -330,6 +330,8 @@ def test_synthetic_prompts_differ_and_repeat_with_the_seed() -> None:
         ({"url": "http://127.0.0.1:99999"}, "Port out of range"),
         ({"url": "http://127.0.0.1:1", "concurrency": 0}, "--concurrency"),
         ({"url": "http://127.0.0.1:1", "rate": 0.0}, "--rate"),
+        ({"url": "http://127.0.0.1:1", "rate": float("inf")}, "--rate"),
+        ({"url": "http://127.0.0.1:1", "max_seconds": float("nan")}, "--max-seconds"),
         ({"url": "http://127.0.0.1:1", "slo_itl": -1.0}, "--slo-itl"),
     ],
 )
@@ -397,6 +399,16 @@ def test_the_verb_refuses_in_one_line(tmp_path: Path) -> None:
     assert code == 2 and len(errors) == 1 and "--yes-remote" in errors[0]
     code, errors = lines("http://127.0.0.1:9", "--requests", "1")
     assert code == 1 and len(errors) == 1 and "no server answers there" in errors[0]
+
+
+def test_a_wrong_file_of_prompts_is_one_line_and_sends_nothing(tmp_path: Path) -> None:
+    with scripted() as server:
+        command = [sys.executable, "-m", "ridgeline", "load", server.url, "--prompts", "missing.txt"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert not server.requests
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "--prompts missing.txt: No such file or directory" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("verb", ["serve", "load"])

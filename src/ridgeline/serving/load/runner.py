@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ridgeline.runs import Run
 from ridgeline.serving.load.client import Connection, Target, exchange
 from ridgeline.serving.load.server_side import account, scrape
 from ridgeline.serving.load.stats import samples, summarize
-from ridgeline.serving.load.workload import Exchange, LoadSettings, arrivals, bodies
+from ridgeline.serving.load.workload import Exchange, LoadSettings, arrivals, bodies, prompts
 
 Progress = Callable[[int], None]
 
@@ -25,13 +25,15 @@ def load_test(settings: LoadSettings, *, runs_root: str | Path | None = None, pr
     """Load ``settings.url`` and leave a run of kind "load": ``summary.json``, one metrics row per request, a plot.
 
     Raises:
+        UserError: the file of prompts cannot be used; no run is made and nothing is sent.
         JobError: the server cannot be reached, or no request at all was answered.
     """
     from ridgeline.serving.load.plot import write_plot
 
+    texts = prompts(settings)
     public = {key: value for key, value in asdict(settings).items() if key != "api_key"}
     with Run.create("load", settings.model or "", config=public, root=runs_root) as run:
-        model, exchanges, seconds, server = asyncio.run(_observed(settings, progress))
+        model, exchanges, seconds, server = asyncio.run(_observed(settings, texts, progress))
         for item in sorted(exchanges, key=lambda item: item.sent):
             run.log(**item.row())
         described = {"url": settings.url, "model": model, "description": describe(settings)}
@@ -46,12 +48,12 @@ def load_test(settings: LoadSettings, *, runs_root: str | Path | None = None, pr
 
 
 async def _observed(
-    settings: LoadSettings, progress: Progress | None
+    settings: LoadSettings, texts: Sequence[str], progress: Progress | None
 ) -> tuple[str, list[Exchange], float, dict[str, Any]]:
     """`measure`, between two looks at the server's own counters."""
     target = Target.parse(settings.url, settings.api_key)
     before = await scrape(target, settings.timeout)
-    model, exchanges, seconds = await measure(settings, progress)
+    model, exchanges, seconds = await measure(settings, progress, texts)
     return model, exchanges, seconds, account(before, await scrape(target, settings.timeout))
 
 
@@ -62,11 +64,13 @@ def describe(settings: LoadSettings) -> str:
     return f"{loop}, {what}{'' if settings.stream else ', not streamed'}"
 
 
-async def measure(settings: LoadSettings, progress: Progress | None = None) -> tuple[str, list[Exchange], float]:
+async def measure(
+    settings: LoadSettings, progress: Progress | None = None, texts: Sequence[str] = ()
+) -> tuple[str, list[Exchange], float]:
     """The served model's name, every exchange, and the wall seconds from the first request to the last answer."""
     target = Target.parse(settings.url, settings.api_key)
     model = settings.model or await served_model(target, settings.timeout)
-    work = _Work(settings, target, bodies(settings, model), progress or (lambda count: None))
+    work = _Work(settings, target, bodies(settings, model, texts), progress or (lambda count: None))
     start = time.perf_counter()
     try:
         async with asyncio.timeout(settings.max_seconds):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,8 +61,8 @@ class LoadSettings:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: at least 1")
         for name in ("rate", "duration", "timeout", "max_seconds", "slo_ttft", "slo_itl"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name.replace('_', '-')} is {value}: more than 0")
+            if value is not None and not 0 < value < math.inf:  # also false for NaN
+                raise UserError(f"--{name.replace('_', '-')} is {value}: a finite number above 0 is needed")
         self._check_url()
 
     def _check_url(self) -> None:
@@ -120,15 +122,21 @@ def arrivals(settings: LoadSettings) -> Iterator[float]:
         yield at
 
 
-def bodies(settings: LoadSettings, model: str) -> Iterator[dict[str, Any]]:
-    """Request bodies without end: prompts from the file in turn, or synthetic ones that differ from the first word on
+def prompts(settings: LoadSettings) -> list[str]:
+    """The prompts of ``settings.prompts``, read once; empty without a file.
+
+    Raises:
+        UserError: the file cannot be read, or a line of it is no prompt.
+    """
+    return [] if settings.prompts is None else _from_file(Path(settings.prompts))
+
+
+def bodies(settings: LoadSettings, model: str, texts: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Request bodies without end: ``texts`` in turn, or synthetic ones that differ from the first word on
     (no shared prefix that a cache could answer)."""
-    texts = _from_file(Path(settings.prompts)) if settings.prompts else None
-    index = 0
-    while True:
+    for index in itertools.count():
         text = texts[index % len(texts)] if texts else _synthetic(settings, index)
         yield _body(settings, model, text)
-        index += 1
 
 
 def _synthetic(settings: LoadSettings, index: int) -> str:
@@ -154,7 +162,9 @@ def _from_file(path: Path) -> list[str]:
     """Prompts of a jsonl file: strings, or objects with ``prompt`` (or ``text``)."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"--prompts {path}: {error.strerror or error}") from None
+    except ValueError as error:  # not UTF-8, or a name that no file can have
         raise UserError(f"--prompts {path}: {error}") from None
     texts = []
     for number, line in enumerate(lines, 1):
