@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -320,6 +321,21 @@ def test_the_client_raises_its_own_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="tools: not supported"):
         tool = {"type": "function", "function": {"name": "f"}}
         client.chat.completions.create(model="fake", messages=[USER], tools=[tool])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("response_format", {"type": "json_object"}, '{"type": "text"} or null'),
+        ("modalities", ["audio"], '["text"] or null'),
+        ("tool_choice", "required", '"none" or "auto" or null'),
+        ("store", True, "false or null"),
+    ],
+)
+def test_an_unsupported_value_is_told_what_is_allowed(http: httpx.Client, field: str, value: Any, allowed: str) -> None:
+    reply = http.post("/v1/chat/completions", json={"messages": [USER], field: value})
+    told = f"{field}: not supported by this server (leave it out, or give {allowed})"
+    assert reply.status_code == 400 and reply.json()["error"]["message"] == told
 
 
 def test_one_failed_request_is_its_own_problem(client: openai.OpenAI, http: httpx.Client) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from ridgeline.errors import UserError
+from ridgeline.serving.settings import ServeSettings
 from serving_fake import FakeEngine, Running, running, wait_for
 
 
@@ -78,6 +80,31 @@ def test_body_size_with_content_length(server: Running) -> None:
     assert reply.status_code == 413 and "20000" in reply.json()["error"]["message"]
     big = httpx.post(f"{server.url}/v1/completions", content=b"x" * 8_000_000)  # sent whole before reading
     assert big.status_code == 413
+
+
+def test_a_request_refused_before_it_is_read_is_written_down(server: Running) -> None:
+    before = len(server.records)
+    chat = f"{server.url}/v1/chat/completions"
+    assert httpx.post(f"{server.url}/v1/completions", content=b"{").status_code == 400
+    assert httpx.post(chat, json={"model": "other", "messages": []}).status_code == 404
+    assert httpx.post(chat, content=b"x" * 20_001).status_code == 413
+    rows = [record.row() for record in server.records[before:]]
+    assert [(row["status"], row["finish_reason"]) for row in rows] == [(code, "rejected") for code in (400, 404, 413)]
+    assert [row["route"] for row in rows] == ["/v1/completions"] + ["/v1/chat/completions"] * 2
+    assert all(row["total_seconds"] is not None and row["prompt_tokens"] == 0 for row in rows)
+
+
+@pytest.mark.parametrize("field", ["drain_seconds", "stall_seconds", "body_seconds", "ping_seconds"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_spans_of_time_are_finite_and_above_zero(field: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"--{field.replace('_', '-')} is {value}: a finite number above 0"):
+        ServeSettings(**{field: value})
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="--name is empty"):
+        ServeSettings(name=name)
 
 
 def test_body_size_without_content_length(server: Running) -> None:

@@ -85,6 +85,7 @@ def test_not_ready_while_loading(start: Any) -> None:
 def test_sigterm_drains(start: Any) -> None:
     process = start(step_seconds=0.02)
     assert process.ready() == process.url
+    assert process.post(prompt="x", model="other").status_code == 404
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(process.post, prompt="whole", max_tokens=60)
         stream = pool.submit(process.post, prompt="stream", max_tokens=60, stream=True)
@@ -102,8 +103,10 @@ def test_sigterm_drains(start: Any) -> None:
     run = list_runs(process.runs, "serve")[0]
     assert run.info["status"] == "done"
     rows = run.metrics()
-    assert [row["status"] for row in rows] == [200, 200] and {row["completion_tokens"] for row in rows} == {60}
-    assert run.summary["requests"] == 2 and run.summary["completion_tokens"] == 120
+    assert [row["status"] for row in rows] == [404, 200, 200]
+    assert [row["completion_tokens"] for row in rows] == [0, 60, 60]
+    assert run.summary["requests"] == 3 and run.summary["completion_tokens"] == 120
+    assert run.summary["statuses"] == {"200": 2, "404": 1}
     assert run.summary["e2e_p50"] > 60 * 0.02
 
 

@@ -6,6 +6,7 @@ means "not given". A field the API knows and this server does not support is acc
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -105,7 +106,7 @@ def only(*neutral: Any) -> Check:
             return None
         if type(value) is int and any(type(option) is float and value == option for option in neutral):
             return None
-        allowed = " or ".join(_show(option) for option in (*neutral, None))
+        allowed = " or ".join(json.dumps(option) for option in (*neutral, None))
         raise invalid(f"{name}: not supported by this server (leave it out, or give {allowed})", name, "unsupported")
 
     return check

@@ -42,14 +42,17 @@ async def chat_completions(request: Request) -> Response:
 
 async def _generate(request: Request, read: Callable[..., Call], shape_type: type[Shape]) -> Response:
     endpoint: Endpoint = request.app.state.endpoint
-    record = Record(id="", route=request.url.path, stream=False)
-    endpoint.require_ready()
     settings = endpoint.settings
+    record = Record(id="-", route=request.url.path, stream=False)  # what is refused before it is read has no id
+    endpoint.require_ready()
     try:
-        body = await read_json(request, settings.max_body_bytes, settings.body_seconds)
+        call = read(await read_json(request, settings.max_body_bytes, settings.body_seconds), settings.name)
     except ClientDisconnect:
+        _refused(endpoint, record, CLIENT_GONE, "cancelled")
         return Response(status_code=CLIENT_GONE)
-    call = read(body, settings.name)
+    except ApiError as error:
+        _refused(endpoint, record, error.status, "rejected")
+        raise
     record.id, record.stream, record.user = call.id, call.stream, call.user
     session = Session(endpoint, call, shape_type(call, settings.name, endpoint.engine.tokenizer), record)
     gone = asyncio.create_task(_disconnected(request.receive))
@@ -70,6 +73,12 @@ async def _generate(request: Request, read: Callable[..., Call], shape_type: typ
         if not handed_over:
             gone.cancel()
             session.close(500, "error")
+
+
+def _refused(endpoint: Endpoint, record: Record, status: int, finish: str) -> None:
+    """Write the books of a request that a ready server ended before it had a session."""
+    record.status, record.finish = status, finish
+    endpoint.finished(record, accepted=False)
 
 
 async def _whole(session: Session) -> Response:

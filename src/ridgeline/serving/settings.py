@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ridgeline.errors import UserError
@@ -39,10 +40,12 @@ class ServeSettings:
             if value is not None and value < 1:
                 raise UserError(f"{_flag(field)} is {value}: at least 1")
         for field in ("body_seconds", "ping_seconds", "stall_seconds", "drain_seconds"):
-            if getattr(self, field) <= 0:
-                raise UserError(f"{_flag(field)} is {getattr(self, field)}: more than 0")
+            if not 0 < getattr(self, field) < math.inf:  # also false for NaN
+                raise UserError(f"{_flag(field)} is {getattr(self, field)}: a finite number above 0 is needed")
         if self.port > 65535:
             raise UserError(f"--port is {self.port}: at most 65535")
+        if not self.name.strip():
+            raise UserError("--name is empty: give a name, or leave the option out")
         if self.api_key is not None and not self.api_key.strip():
             raise UserError("--api-key is empty: give a key, or leave the option out")
 
