@@ -9,10 +9,11 @@ COLOURS = ("#0b6bcb", "#d9730d", "#23845b", "#8a4fbf", "#c4314b", "#8a94a0", "#c
 LAYOUT = {
     "template": "plotly_white",
     "font": {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 13, "color": "#1b2430"},
-    "margin": {"l": 64, "r": 24, "t": 36, "b": 48},
+    "margin": {"l": 64, "r": 24, "t": 48, "b": 48},
     "height": 340,
     "colorway": COLOURS,
-    "legend": {"orientation": "h", "y": 1.14, "x": 0},
+    # Anchored by its bottom above the plot: a low plot with few bars would otherwise lie under its box.
+    "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "bgcolor": "rgba(0,0,0,0)"},
     "hovermode": "x unified",
 }
 
