@@ -18,7 +18,7 @@ import zstandard
 from tokenizers import Tokenizer
 
 from ridgeline.cli.main import main
-from ridgeline.config import DataSection
+from ridgeline.config import DataSection, parse_config
 from ridgeline.data import Dataset, batch, build, why
 from ridgeline.data.features import FEATURES
 from ridgeline.errors import UserError
@@ -378,7 +378,7 @@ def test_a_changed_source_is_refused_by_name_and_an_unchanged_one_is_not_read_ag
     again = build(section(tmp_path, [source], workers=2, shard_documents=3))
     assert again.reused and not first.reused and again.fingerprint == first.fingerprint
     source.write_text(source.read_text() + json.dumps({"text": text(99)}) + "\n")
-    with pytest.raises(UserError, match=r"x.jsonl has changed; use --rebuild"):
+    with pytest.raises(UserError, match=r"x.jsonl has changed; use `ridgeline data build CONFIG --rebuild`"):
         build(section(tmp_path, [source]))
     jsonl(tmp_path / "y.jsonl", [text(3)])
     with pytest.raises(UserError, match=r"data.sources was"):
@@ -424,6 +424,84 @@ def test_why_finds_documents_by_id_path_place_and_beginning(tmp_path, mixed):
         why(folder, "a.text")
     with pytest.raises(UserError, match=r"no manifest\.json there"):
         why(tmp_path, "a.txt")
+
+
+def test_why_names_the_documents_nearest_to_an_unknown_one(tmp_path):
+    names = ["1961-Kennedy.txt", "1962-Kennedy.txt", "1863-Lincoln.txt"]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_text(text(number))
+    build(section(tmp_path, [tmp_path / name for name in names]))
+    with pytest.raises(UserError, match=r"'Kennedy': not among 3 \(did you mean '1961-K\S+' or '1962-K\S+'\?\)"):
+        why(tmp_path / "out", "Kennedy")
+    with pytest.raises(UserError, match=r"'Linkoln': not among 3 \(did you mean '1863-Lincoln.txt'"):
+        why(tmp_path / "out", "Linkoln")
+    with pytest.raises(UserError, match=r"'\?': not among 3 \(such as '1863-Lincoln.txt'\)"):
+        why(tmp_path / "out", "?")
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil", "/", "a/b", ".", "..", " .. ", "a\0b", "a\nb", "", "  ", "x" * 101, "é" * 300]
+)
+def test_a_name_that_is_not_one_folder_is_refused(name):
+    with pytest.raises(UserError, match=r"data\.name: must be letters, digits"):
+        parse_config({"data": {"name": name}})
+
+
+@pytest.mark.parametrize("name", ["corpus", "State of the Union", "v1.2_x-3", "..x", "Größe", "x" * 100])
+def test_a_name_that_is_one_folder_is_taken(name):
+    assert parse_config({"data": {"name": name}}).data.folder == f"datasets/{name}"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.split=[nan,0.5,0.5]",
+        "optimizer.learning_rate=inf",
+        "data.filters.min_mean_word_length=nan",
+        "model.rope_theta=inf",
+    ],
+)
+def test_numbers_of_a_configuration_are_finite(override):
+    with pytest.raises(UserError, match="finite number") as error:
+        parse_config({}, [override])
+    assert override.partition("=")[0] in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["train.bin", "tokenizer.json", "provenance.parquet", "manifest.json", ".build/main.o"]
+)
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_files_of_somebody_else_are_neither_overwritten_nor_deleted(tmp_path, name, rebuild):
+    source = jsonl(tmp_path / "x.jsonl", [text(i) for i in range(20)])
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=f"{name}"):
+        build(section(tmp_path, [source]), rebuild=rebuild)
+    files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert files == [tmp_path / "out" / name] and files[0].read_text() == '{"mine": 1}'
+
+
+def test_other_files_beside_a_dataset_stay(tmp_path):
+    source = jsonl(tmp_path / "x.jsonl", [text(i) for i in range(20)])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    build(section(tmp_path, [source]))
+    build(section(tmp_path, [source], seed=1), rebuild=True)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_a_dataset_with_a_damaged_manifest_is_rebuilt_as_its_message_says(tmp_path):
+    source = jsonl(tmp_path / "x.jsonl", [text(i) for i in range(20)])
+    build(section(tmp_path, [source]))
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_text('{"format": "ridge')
+    with pytest.raises(UserError, match="is damaged; `ridgeline data build CONFIG --rebuild` builds it again"):
+        build(section(tmp_path, [source]))
+    build(section(tmp_path, [source]), rebuild=True)
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "out" / "train.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"has 0 bytes, .*; `ridgeline data build CONFIG --rebuild` builds it again"):
+        Dataset.open(tmp_path / "out")
 
 
 def test_the_program_builds_shows_answers_and_leaves_runs(tmp_path, mixed, capsys, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import os
 import sys
 from importlib.util import find_spec
 
@@ -236,6 +237,10 @@ def test_the_embedded_corpus_is_there():
     "patterns, words",
     [
         ([], ["data.sources is empty"]),
+        ([""], ["data.sources holds an empty name"]),
+        (["corpus.txt", " "], ["data.sources holds an empty name"]),
+        (["pipe.txt"], ["pipe.txt", "not a regular file"]),
+        (["/dev/zero"], ["/dev/zero", "not a regular file"]),
         (["nothing/here.txt"], ["nothing/here.txt", "no such file"]),
         (["corpos.txt"], ["corpos.txt", "did you mean 'corpus.txt'"]),
         (["*.jsonl"], ["*.jsonl", "matches no file"]),
@@ -249,6 +254,7 @@ def test_the_embedded_corpus_is_there():
 def test_a_wrong_source_is_one_line(tmp_path, monkeypatch, patterns, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus.txt").write_text("text")
+    os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "image.png").write_bytes(bz2.compress(b"x"))
     with pytest.raises(UserError) as error:
         resolve(patterns)

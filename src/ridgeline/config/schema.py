@@ -6,15 +6,19 @@ the help texts.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+# A name is one folder below datasets/ on every file system: no separators, no control characters.
+NAME = re.compile(r"[\w. -]{1,100}")
 
 
 class Section(BaseModel):
-    """A table of the configuration: unknown keys are errors, values are not changed after validation."""
+    """A table of the configuration: unknown keys are errors, numbers are finite, values stay as validated."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class FilterSection(Section):
@@ -43,7 +47,7 @@ class TokenizerSection(Section):
 class DataSection(Section):
     """Raw text in, token shards out."""
 
-    name: str = Field("corpus", min_length=1, description="name of the dataset, and of its folder when path is not set")
+    name: str = Field("corpus", description="name of the dataset, and of its folder when path is not set")
     sources: list[str] = Field(
         default_factory=list,
         description="files, folders, globs or package:NAME/GLOB; txt, jsonl, parquet, plain or .gz or .zst",
@@ -59,6 +63,14 @@ class DataSection(Section):
     shard_documents: int = Field(1024, ge=1, description="documents in one unit of resumable work")
     workers: int = Field(0, ge=0, description="processes that tokenise; 0 = one per available core")
     seed: int = Field(0, description="seed of the document-hash split")
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_one_folder(cls, name: str) -> str:
+        fits = NAME.fullmatch(name) and len(name.encode("utf-8")) <= 255  # what file systems allow
+        if not fits or name.strip() in ("", ".", ".."):
+            raise ValueError("must be letters, digits, '.', '_', '-' and spaces, at most 100, and not '.' or '..'")
+        return name
 
     @model_validator(mode="after")
     def _split_sums_to_one(self) -> DataSection:

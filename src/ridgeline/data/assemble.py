@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ridgeline import __version__
 from ridgeline.config import DataSection
-from ridgeline.data.dataset import MANIFEST
+from ridgeline.data.dataset import FORMAT, MANIFEST
 from ridgeline.data.disk import atomic, digest, make_folder, sync_folder, write_bytes, writing
 from ridgeline.data.ledger import SPLITS, Ledger
 from ridgeline.data.megatron import write_index
@@ -51,7 +51,7 @@ def assemble(
     entries = {p.name: {"bytes": p.stat().st_size, "digest": digest(p)} for p in sorted(final.iterdir())}
     kept = {split: lengths[ledger.splits == number] for number, split in enumerate(SPLITS)}
     manifest = {
-        "format": "ridgeline-dataset",
+        "format": FORMAT,
         "version": 1,
         "ridgeline": __version__,
         "name": section.name,

@@ -14,7 +14,8 @@ import numpy as np
 from ridgeline.config import DataSection
 from ridgeline.data.assemble import assemble
 from ridgeline.data.dataset import MANIFEST, Dataset
-from ridgeline.data.disk import digest
+from ridgeline.data.disk import REBUILD, digest
+from ridgeline.data.foreign import refuse_foreign
 from ridgeline.data.ledger import Ledger
 from ridgeline.data.pool import Workers, worker_count
 from ridgeline.data.provenance import write_provenance
@@ -94,7 +95,7 @@ def build(
 
     Raises:
         UserError: a source, a record (with ``on_bad_record = "stop"``) or a setting is wrong, the folder holds another
-            configuration's work (it names the changed field), or no document is left.
+            configuration's work (it names the changed field) or files of somebody else, or no document is left.
         JobError: the disk is full, a worker was killed, or stored work is damaged. Finished shards are kept.
     """
     clock = _Clock(progress)
@@ -109,6 +110,7 @@ def build(
     workspace = Workspace(folder)
     if not rebuild and (folder / MANIFEST).is_file() and not (workspace.path / "plan.json").is_file():
         return _reuse(section, description, folder, clock)
+    refuse_foreign(folder, rebuild)
     workspace.acquire()
     try:
         if rebuild or not workspace.agree(description):
@@ -161,7 +163,7 @@ def _reuse(section: DataSection, description: Description, folder: Path, clock: 
     bad = dataset.manifest["documents"]["dropped"].get("malformed", 0)
     if bad and section.on_bad_record == "stop":
         raise UserError(
-            f"{folder} was built with data.on_bad_record=skip and left out {bad:,} records; use the same, or --rebuild"
+            f"{folder} was built with data.on_bad_record=skip and left out {bad:,} records; use the same, or {REBUILD}"
         )
     return replace(_report(section, dict(dataset.manifest), folder, clock, 0), reused=True)
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ridgeline.data.disk import digest
+from ridgeline.data.disk import REBUILD, digest
 from ridgeline.data.ledger import SPLITS
 from ridgeline.data.megatron import TokenFile, read_tokens
 from ridgeline.errors import UserError, nearest
 
 MANIFEST = "manifest.json"
+FORMAT = "ridgeline-dataset"
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class Dataset:
                 f"dataset {path}: no {MANIFEST} there; `ridgeline data build CONFIG` makes a dataset"
             ) from None
         except (ValueError, NotADirectoryError):
-            raise UserError(f"dataset {path}: {MANIFEST} is damaged; build it again with --rebuild") from None
-        if manifest.get("format") != "ridgeline-dataset":
+            raise UserError(f"dataset {path}: {MANIFEST} is damaged; {REBUILD} builds it again") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise UserError(f"dataset {path}: {MANIFEST} is not a dataset's")
         for name, entry in manifest["files"].items():
             size = (path / name).stat().st_size if (path / name).is_file() else -1
             if size != entry["bytes"]:
                 what = "is missing" if size < 0 else f"has {size:,} bytes, not {entry['bytes']:,}"
-                raise UserError(f"dataset {path}: {name} {what}; build it again with --rebuild")
+                raise UserError(f"dataset {path}: {name} {what}; {REBUILD} builds it again")
         return cls(path, manifest)
 
     def verify(self) -> None:

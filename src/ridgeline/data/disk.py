@@ -16,6 +16,8 @@ from typing import BinaryIO
 
 from ridgeline.errors import JobError, UserError
 
+# What a message names where only a new build helps. Other verbs than `data build` print it too.
+REBUILD = "`ridgeline data build CONFIG --rebuild`"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from ridgeline.data.rules import Rule, rules
 from ridgeline.data.shards import open_shard
 from ridgeline.data.sources import SourceFile
 from ridgeline.data.workspace import ENDED, Workspace
-from ridgeline.errors import UserError, nearest
+from ridgeline.errors import UserError
 
 STORED = ("file", "offset", "length", "content_hash", "reason", "value", "limit", "broken", "detail")
 NAME = "provenance.parquet"
+MOST_COMPARED = 20_000  # names an unknown document is compared with: about a second
 
 
 def write_provenance(
@@ -171,14 +173,25 @@ def _find(document: str, table: Any) -> int:
             i for i, s in enumerate(sources) if document and s.rpartition("/")[2].startswith(document)
         ]
     if not matches:
-        hint = nearest(document, {source.rpartition("/")[2] for source in sources})
-        raise UserError(f"document '{document}': not among {len(ids):,}{hint if 'did you mean' in hint else ''}")
+        raise UserError(f"document '{document}': not among {len(ids):,}{_nearest(document, sources)}")
     if len(matches) > 1:
         some = ", ".join(f"{ids[i]} ({sources[i]})" for i in matches[:3])
         raise UserError(
             f"document '{document}': {len(matches):,} documents fit, such as {some}; give an id or SOURCE@OFFSET"
         )
     return matches[0]
+
+
+def _nearest(document: str, sources: Sequence[str]) -> str:
+    """`` (did you mean ...?)``: up to three file names that hold ``document``, else those most like it."""
+    wanted = document.rpartition("/")[2].partition("@")[0].lower()
+    names = {source.rpartition("/")[2] for source in sources}
+    lower = {name.lower(): name for name in sorted(names)}
+    found = [name for name in lower if wanted and wanted in name][:3]
+    for count, cutoff in ((1, 0.6), (3, 0.3)):  # one that is close, else some that are less so
+        found = found or difflib.get_close_matches(wanted, list(lower)[:MOST_COMPARED], count, cutoff)
+    some = " or ".join(f"'{lower[name]}'" for name in found)
+    return f" (did you mean {some}?)" if some else f" (such as '{min(names)}')" if names else ""
 
 
 def _is_source(source: str, wanted: str) -> bool:

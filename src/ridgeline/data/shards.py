@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ridgeline.data.disk import write_bytes
+from ridgeline.data.disk import REBUILD, write_bytes
 from ridgeline.data.features import FEATURES
 from ridgeline.data.workspace import Workspace
 from ridgeline.errors import JobError
@@ -57,14 +57,14 @@ def open_shard(workspace: Workspace, number: int, columns: Sequence[str]) -> Any
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise JobError(f"{path}: {error.strerror or error}; start anew with --rebuild") from None
+        raise JobError(f"{path}: {error.strerror or error}; {REBUILD} starts anew") from None
     content = memoryview(data)[:-CHECKSUM_BYTES]
     if _checksum(content) != data[-CHECKSUM_BYTES:]:
-        raise JobError(f"{path}: damaged (checksum differs); start anew with --rebuild")
+        raise JobError(f"{path}: damaged (checksum differs); {REBUILD} starts anew")
     table = pq.read_table(pa.BufferReader(content), columns=list(columns))
     held = _metadata(table)["shard"]
     if held != number:
-        raise JobError(f"{path}: holds shard {held}; start anew with --rebuild")
+        raise JobError(f"{path}: holds shard {held}; {REBUILD} starts anew")
     return table
 
 

@@ -57,6 +57,8 @@ def resolve(patterns: Sequence[str]) -> Sources:
     found: dict[Path, SourceFile] = {}
     ignored = 0
     for pattern in patterns:
+        if not pattern.strip():
+            raise UserError("data.sources holds an empty name; '.' is the current folder")
         before = len(found) + ignored
         for name, path, chosen in _expand(pattern):
             kind, compression = _kind(path)
@@ -106,6 +108,8 @@ def _expand(pattern: str) -> Iterator[tuple[str, Path, bool]]:
         for match in sorted(glob.glob(str(path), recursive=True)):
             if Path(match).is_file():
                 yield Path(match).as_posix(), Path(match), False
+    elif path.exists():  # a pipe or a device: it may never end, and cannot be read twice
+        raise UserError(f"source '{pattern}': not a regular file")
     else:
         raise UserError(f"source '{pattern}': no such file or folder{_sibling(path)}")
 

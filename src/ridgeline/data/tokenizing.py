@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ridgeline.config import DataSection
-from ridgeline.data.disk import digest, write_bytes
+from ridgeline.data.disk import REBUILD, digest, write_bytes
 from ridgeline.data.ledger import DROPPED, Ledger
 from ridgeline.data.pool import Workers
 from ridgeline.data.reading import BATCH_RECORDS
@@ -98,9 +98,9 @@ def open_tokens(workspace: Workspace, number: int, documents: int) -> tuple[npt.
             tokens, lengths = stored["tokens"], stored["lengths"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-        raise JobError(f"{path}: {what}; start anew with --rebuild") from None
+        raise JobError(f"{path}: {what}; {REBUILD} starts anew") from None
     if len(lengths) != documents or int(lengths.sum()) != len(tokens):
-        raise JobError(f"{path}: holds {len(lengths)} documents, expected {documents}; start anew with --rebuild")
+        raise JobError(f"{path}: holds {len(lengths)} documents, expected {documents}; {REBUILD} starts anew")
     return tokens, lengths
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ridgeline.config import DataSection
-from ridgeline.data.disk import make_folder, write_bytes, writing
+from ridgeline.data.disk import REBUILD, make_folder, write_bytes, writing
 from ridgeline.data.sources import SourceFile
 from ridgeline.errors import JobError, UserError
 
@@ -141,7 +141,7 @@ class Workspace:
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
-            raise JobError(f"{file}: damaged; start anew with --rebuild") from None
+            raise JobError(f"{file}: damaged; {REBUILD} starts anew") from None
 
     def save(self, name: str, value: Any) -> None:
         """Write a JSON file of the folder atomically."""
@@ -165,7 +165,7 @@ class Workspace:
 def refuse(difference: str | None, where: str) -> None:
     """Raise :class:`UserError` when there is a difference."""
     if difference:
-        raise UserError(f"{where} of another configuration: {difference}; use --rebuild, or another data.path")
+        raise UserError(f"{where} of another configuration: {difference}; use {REBUILD}, or another data.path")
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
