@@ -1,9 +1,13 @@
-"""The two failures a user can meet, and the helper that names the nearest valid value."""
+"""The two failures a user can meet, what the system refused in one line, and the nearest valid value."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
+
+SHOWN = 5  # valid names of a message; a list of hundreds hides what was wrong
 
 
 class UserError(ValueError):
@@ -14,10 +18,23 @@ class JobError(RuntimeError):
     """The input was fine and the job failed (a full disk, a damaged checkpoint, a lost peer). Exit code 1."""
 
 
+def closest(name: str, valid: Iterable[str]) -> str | None:
+    """The one of ``valid`` that ``name`` was probably meant to be, or None."""
+    return next(iter(difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0.6)), None)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the closest of ``valid``, or the list of valid names when none is close."""
+    """`` (did you mean 'x'?)`` for the closest of ``valid``, or the first few valid names when none is close."""
     options = sorted(valid)
-    match = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
-    if match:
-        return f" (did you mean '{match[0]}'?)"
-    return f" (valid: {', '.join(options)})" if options else ""
+    match = closest(name, options)
+    if match is not None:
+        return f" (did you mean '{match}'?)"
+    more = f" and {len(options) - SHOWN} more" if len(options) > SHOWN else ""
+    return f" (valid: {', '.join(options[:SHOWN])}{more})" if options else ""
+
+
+def os_reason(error: OSError) -> str:
+    """``PATH: reason`` of what the operating system refused, without its number."""
+    reason = "no space left on the device" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    reason = reason[:1].lower() + reason[1:]
+    return f"{os.fsdecode(error.filename)}: {reason}" if isinstance(error.filename, (str, bytes)) else reason

@@ -8,11 +8,15 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from ridgeline.cli.common import JSON_OPTION, RUNS_OPTION, console, emit, new_app, verb
+from ridgeline.cli.common import JSON_OPTION, RUNS_OPTION, console, emit, new_app, say, verb
+from ridgeline.errors import UserError
 
 app = new_app("List, show, compare and report runs.")
+
+PIPED = 1000  # columns of a list that no terminal shows: what a headline may take
 
 
 @app.command("list")
@@ -23,16 +27,43 @@ def list_(
     as_json: bool = JSON_OPTION,
 ) -> None:
     """All runs, oldest first."""
-    from ridgeline.runs import list_runs
+    from ridgeline.runs.run import scan_runs
 
-    found = list_runs(runs, kind)
+    found, damaged = scan_runs(runs, kind)
     if as_json:
-        emit([run.info for run in found])
-        return
-    table = Table("run", "status", "seconds", "headline")
-    for run in found:
-        table.add_row(run.id, run.info["status"], f"{run.info['seconds'] or ''}", headline(run.summary))
-    console().print(table if found else "no runs yet: try `ridgeline demo`")
+        emit([{**run.info, "status": run.status} for run in found])
+    else:
+        out = console()
+        rows = [[run.id, run.status, f"{run.info['seconds'] or ''}", _headline_of(run, damaged)] for run in found]
+        if rows:
+            _print_list(out, rows)
+        else:
+            out.print("no runs yet: try `ridgeline demo`")
+    for line in damaged:
+        say(line)
+
+
+def _headline_of(run: Any, damaged: list[str]) -> str:
+    try:
+        return headline(run.summary)
+    except UserError as error:
+        damaged.append(str(error))
+        return "summary.json is damaged"
+
+
+def _print_list(out: Console, rows: list[list[str]]) -> None:
+    """Only the headline gives way to a narrow terminal: an id cut short is of no use. A pipe gets whole lines."""
+    names = ["run", "status", "seconds", "headline"]
+    table = Table()
+    for name in names[:3]:
+        table.add_column(name, no_wrap=True)
+    table.add_column(names[3], overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    fixed = sum(max(len(row[column]) for row in (names, *rows)) for column in range(3))
+    least = fixed + len(names[3]) + 3 * len(names) + 1  # a border and two blanks for each column, and the last border
+    out.width = max(out.width if out.is_terminal else PIPED, least)
+    out.print(table)
 
 
 @app.command()
@@ -47,21 +78,22 @@ def show(
 
     found = Run.open(run, runs)
     files = sorted(str(p.relative_to(found.path)) for p in found.path.rglob("*") if p.is_file())
-    document = {**found.info, "path": str(found.path), "config": found.config, "summary": found.summary, "files": files}
+    document = {**found.info, "status": found.status, "path": str(found.path), "config": found.config}
+    document |= {"summary": found.summary, "files": files}
     if as_json:
         emit(document)
         return
     out = console()
-    out.print(f"[bold]{found.id}[/bold]  {found.info['status']}  {found.info['seconds'] or '-'} s  {found.path}")
-    out.print(f"command  {' '.join(found.info['command'])}")
+    seconds = found.info["seconds"] or "-"
+    out.print(f"[bold]{found.id}[/bold]  {found.status}  {seconds} s  {escape(str(found.path))}", soft_wrap=True)
+    for what, command in (("command", found.info["command"]), *(("resumed", again) for again in found.info["resumes"])):
+        out.print(f"{what}  {' '.join(map(str, command))}", markup=False, soft_wrap=True)
     if found.info["parents"]:
-        out.print(f"parents  {', '.join(found.info['parents'])}")
+        out.print(f"parents  {', '.join(map(str, found.info['parents']))}", markup=False, soft_wrap=True)
     if found.info["error"]:
-        out.print(f"[red]error    {found.info['error']}[/red]")
+        out.print(f"error    {found.info['error']}", style="red", markup=False, soft_wrap=True)
     _figures(out, found.summary)
-    metrics = found.metrics()
-    if metrics:
-        out.print(f"metrics  {len(metrics)} lines, last {_compact(metrics[-1])}")
+    _metrics(out, found)
     out.print(f"files    {', '.join(files[:12])}{f' and {len(files) - 12} more' if len(files) > 12 else ''}")
 
 
@@ -132,12 +164,23 @@ def headline(summary: dict[str, Any]) -> str:
     return "  ".join(f"{key} {_short(summary[key])}" for key in wanted if summary.get(key) is not None)
 
 
+def _metrics(out: Console, run: Any) -> None:
+    """How many lines, and the last; a damaged line is named, and the rest of the run shown all the same."""
+    try:
+        metrics = run.metrics()
+    except UserError as error:
+        say(str(error))
+        return
+    if metrics:
+        out.print(f"metrics  {len(metrics)} lines, last {_compact(metrics[-1])}", markup=False)
+
+
 def _figures(out: Console, summary: dict[str, Any]) -> None:
     if not summary:
         return
     table = Table("figure", "value", show_header=False)
     for key, value in summary.items():
-        table.add_row(key, _short(value))
+        table.add_row(escape(key), escape(_short(value)))
     out.print(table)
 
 

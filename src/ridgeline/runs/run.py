@@ -18,19 +18,22 @@ line cut off by a kill is ignored by the reader. Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
 import os
 import platform
 import secrets
-import sys
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from ridgeline.errors import UserError, nearest
+from ridgeline.errors import SHOWN, UserError, closest, os_reason
+from ridgeline.runs.owner import process_is_gone, this_command, this_process
+from ridgeline.runs.reading import lines, parse, read_info
 
 VERSIONED = ("ridgeline", "torch", "numpy", "tokenizers", "safetensors", "pyarrow", "transformers", "triton")
 
@@ -58,30 +61,39 @@ class Run:
         parents: Sequence[str] = (),
         root: str | Path | None = None,
     ) -> Run:
-        """Make a new run of ``kind`` (the verb). ``parents`` are the ids of the runs it builds on."""
+        """Make a new run of ``kind`` (the verb). ``parents`` are the ids of the runs it builds on.
+
+        Raises:
+            UserError: the folder for runs is a file.
+            OSError: the folder cannot be written; nothing is left behind.
+        """
         now = datetime.datetime.now(datetime.UTC)
         middle = f"{kind}-{_slug(name)}" if name else kind
         run_id = f"{now:%Y%m%d-%H%M%S}-{middle}-{secrets.token_hex(2)}"
-        path = runs_root(root) / run_id
+        path = _no_file(runs_root(root)) / run_id
         path.mkdir(parents=True)
         info = {
             "id": run_id,
             "kind": kind,
             "name": name,
             "status": "running",
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": this_command(),
             "created": now.isoformat(timespec="milliseconds"),
             "finished": None,
             "seconds": None,
             "parents": list(parents),
             "error": None,
-            "pid": os.getpid(),
+            **this_process(),
         }
         run = cls(path, info)
-        run._write_info()
-        run.save_json("environment.json", environment())
-        if config is not None:
-            run.save_json("config.json", config)
+        try:
+            run._write_info()
+            run.save_json("environment.json", environment())
+            if config is not None:
+                run.save_json("config.json", config)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)  # half a run would be listed for ever
+            raise
         return run
 
     @classmethod
@@ -89,15 +101,12 @@ class Run:
         """Open a run by folder, by id, by unique id prefix, or ``latest`` / ``latest:KIND``.
 
         Raises:
-            UserError: no such run, or the prefix fits several.
+            UserError: no such run, the prefix fits several, or its run.json is damaged.
         """
         folder = Path(reference)
         if not (folder / "run.json").is_file():
             folder = _find(str(reference), runs_root(root))
-        try:
-            return cls(folder, json.loads((folder / "run.json").read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise UserError(f"run {folder}: run.json is damaged ({error})") from None
+        return cls(folder, read_info(folder / "run.json"))
 
     @property
     def id(self) -> str:
@@ -109,16 +118,28 @@ class Run:
         """The verb that made the run."""
         return str(self.info["kind"])
 
+    @property
+    def status(self) -> str:
+        """``running``, ``done``, ``failed``, ``interrupted``; ``killed`` when it says running and its process is gone."""
+        status = str(self.info["status"])
+        return "killed" if status == "running" and process_is_gone(self.info) else status
+
     def log(self, **values: Any) -> None:
         """Append one line to ``metrics.jsonl``; non-finite numbers become null with a ``KEY_nonfinite`` note."""
-        if self._metrics is None:
-            self._metrics = _open_after_whole_line(self.path / "metrics.jsonl")
-        self._metrics.write(json.dumps(_finite(values)) + "\n")
-        self._metrics.flush()
+        file = self.path / "metrics.jsonl"
+        with _naming(file):
+            if self._metrics is None:
+                self._metrics = _open_after_whole_line(file)
+            self._metrics.write(json.dumps(_finite(values)) + "\n")
+            self._metrics.flush()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All complete lines of ``metrics.jsonl``, in order."""
-        return list(_lines(self.path / "metrics.jsonl"))
+        """All complete lines of ``metrics.jsonl``, in order.
+
+        Raises:
+            UserError: a line is damaged; the message names it. (The last one, cut off by a kill, is left out.)
+        """
+        return list(lines(self.path / "metrics.jsonl"))
 
     def save_json(self, name: str, value: Any) -> Path:
         """Write ``name`` below the run atomically."""
@@ -128,9 +149,13 @@ class Run:
         return target
 
     def load_json(self, name: str) -> Any | None:
-        """The content of ``name``, or None when the run has no such file."""
+        """The content of ``name``, or None when the run has no such file.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return parse(file.read_bytes(), str(file)) if file.is_file() else None
 
     def summarize(self, **figures: Any) -> None:
         """Merge headline figures into ``summary.json``."""
@@ -139,12 +164,12 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """Headline figures."""
-        return dict(self.load_json("summary.json") or {})
+        return self._load_object("summary.json")
 
     @property
     def config(self) -> dict[str, Any]:
         """The resolved configuration, empty for a run without one."""
-        return dict(self.load_json("config.json") or {})
+        return self._load_object("config.json")
 
     def artifact(self, name: str) -> Path:
         """A path below ``artifacts/`` to write to; its folder exists."""
@@ -155,7 +180,8 @@ class Run:
     def finish(self, status: str = "done", error: str | None = None) -> None:
         """Close the run as ``done``, ``failed`` or ``interrupted``."""
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # every line was flushed, so what is left here has failed before
+                self._metrics.close()
             self._metrics = None
         now = datetime.datetime.now(datetime.UTC)
         created = datetime.datetime.fromisoformat(self.info["created"])
@@ -169,7 +195,8 @@ class Run:
 
     def reopen(self) -> None:
         """Mark a finished or killed run as running again (resume)."""
-        self.info.update(status="running", error=None, finished=None, pid=os.getpid())
+        resumes = [*self.info.get("resumes", []), this_command()]
+        self.info.update(status="running", error=None, finished=None, resumes=resumes, **this_process())
         self._write_info()
 
     def __enter__(self) -> Run:
@@ -180,10 +207,18 @@ class Run:
             return
         if kind is None:
             self.finish()
-        elif issubclass(kind, KeyboardInterrupt):
-            self.finish("interrupted")
-        else:
-            self.finish("failed", f"{kind.__name__}: {error}".splitlines()[0][:500])
+            return
+        with contextlib.suppress(OSError):  # a disk too full to close the run must not hide what went wrong
+            if issubclass(kind, KeyboardInterrupt):
+                self.finish("interrupted")
+            else:
+                self.finish("failed", f"{kind.__name__}: {error}".splitlines()[0][:500])
+
+    def _load_object(self, name: str) -> dict[str, Any]:
+        value = self.load_json(name)
+        if not isinstance(value, dict | None):
+            raise UserError(f"{self.path / name}: damaged (not an object)")
+        return value or {}
 
     def _write_info(self) -> None:
         self.save_json("run.json", self.info)
@@ -191,16 +226,25 @@ class Run:
 
 def list_runs(root: str | Path | None = None, kind: str | None = None) -> list[Run]:
     """All readable runs below ``root``, oldest first."""
-    folder = runs_root(root)
-    runs = []
-    for file in sorted(folder.glob("*/run.json")):
+    return scan_runs(root, kind)[0]
+
+
+def scan_runs(root: str | Path | None = None, kind: str | None = None) -> tuple[list[Run], list[str]]:
+    """All readable runs below ``root``, oldest first, and a line for each that is damaged.
+
+    Raises:
+        UserError: ``root`` is a file.
+    """
+    runs, damaged = [], []
+    for file in sorted(_no_file(runs_root(root)).glob("*/run.json")):
         try:
             run = Run.open(file.parent)
-        except UserError:
-            continue  # a folder being written or damaged does not hide the others
+        except (UserError, OSError) as error:  # a folder being written or damaged does not hide the others
+            damaged.append(os_reason(error) if isinstance(error, OSError) else str(error))
+            continue
         if kind is None or run.kind == kind:
             runs.append(run)
-    return sorted(runs, key=lambda run: (run.info["created"], run.id))
+    return sorted(runs, key=lambda run: (run.info["created"], run.id)), damaged
 
 
 def environment() -> dict[str, Any]:
@@ -224,24 +268,37 @@ def environment() -> dict[str, Any]:
 def write_atomic(target: Path, text: str) -> None:
     """Write beside ``target`` and rename, so that a reader or a crash never sees half a file."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with _naming(target):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):  # what went wrong above is what the reader must learn
+                temporary.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """An OSError of the block names ``file``: a failed write has no name, and a temporary one helps nobody."""
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        error.filename = str(file)
         raise
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    if not file.is_file():
-        return
-    with open(file, encoding="utf-8") as stream:
-        for line in stream:
-            if line.endswith("\n"):
-                yield json.loads(line)
+def _no_file(root: Path) -> Path:
+    """``root``, which must not be, or be below, a file."""
+    for folder in (root, *root.parents):
+        if folder.exists():
+            if not folder.is_dir():
+                raise UserError(f"folder for runs {root}: {folder} is a file, not a folder")
+            break
+    return root
 
 
 def _open_after_whole_line(file: Path) -> IO[str]:
@@ -279,10 +336,20 @@ def _find(reference: str, root: Path) -> Path:
         if not runs:
             raise UserError(f"run '{reference}': {root} holds no such run")
         return runs[-1].path
-    ids = [file.parent.name for file in root.glob("*/run.json")]
+    ids = sorted(file.parent.name for file in _no_file(root).glob("*/run.json"))
     matches = [run_id for run_id in ids if run_id == reference] or [i for i in ids if i.startswith(reference)]
     if len(matches) > 1:
-        raise UserError(f"run '{reference}' is ambiguous: {', '.join(sorted(matches)[:4])}")
+        raise UserError(f"run '{reference}' is ambiguous: {', '.join(matches[:4])}")
     if not matches:
-        raise UserError(f"run '{reference}': not found in {root}{nearest(reference, ids) if ids else ''}")
+        raise UserError(f"run '{reference}': not found in {root}{_suggestion(reference, ids)}")
     return root / matches[0]
+
+
+def _suggestion(reference: str, ids: Sequence[str]) -> str:
+    """The id that was probably meant, or the newest few: ids begin with their time."""
+    match = closest(reference, ids)
+    if match is not None:
+        return f" (did you mean '{match}'?)"
+    newest = ", ".join(reversed(ids[-SHOWN:]))
+    rest = "; `ridgeline runs list` shows all" if len(ids) > SHOWN else ""
+    return f" (newest: {newest}{rest})" if ids else ""
