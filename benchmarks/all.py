@@ -189,7 +189,9 @@ def of_traces(document: Document) -> tuple[Figures, dict[str, Rows]]:
     return figures, {"traces": [head, *cells, ["sum of all", f"{raw / 1e6:.0f} MB", "", *sums, *memory]]}
 
 
-def _trace_cells(name: str, row: Document) -> list[str]:
+def _trace_cells(path: str, row: Document) -> list[str]:
+    name = path.removesuffix(".json.gz").split("__")[0]
+    name = name if len(name) <= WIDEST_NAME else f"{name[:WIDEST_NAME]}…"
     ours, theirs = row["ridgeline"], row.get("HTA")
     size = [f"{ours['raw_bytes'] / 1e6:.1f} MB", f"{ours['rows']:,.0f}"]
     mine = f"{ours['peak_bytes'] / 1e6:.0f} MB"
@@ -200,6 +202,7 @@ def _trace_cells(name: str, row: Document) -> list[str]:
     return [name, *size, *speed, f"{theirs['peak_bytes'] / 1e6:.0f} MB", mine]
 
 
+WIDEST_NAME = 48
 Converter = Callable[[Document], tuple[Figures, dict[str, Rows]]]
 INFERENCE = ["src/ridgeline/inference", "src/ridgeline/models", "src/ridgeline/kernels", "src/ridgeline/optimize"]
 BENCHMARKS: dict[str, tuple[Converter, list[str]]] = {

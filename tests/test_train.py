@@ -20,6 +20,7 @@ from ridgeline.hardware import Ceilings
 from ridgeline.models import Decoder, config_from_section, load, save
 from ridgeline.runs import Run
 from ridgeline.train import train
+from ridgeline.train.hold import hold
 from ridgeline.train.limits import limits
 from ridgeline.train.optimizer import build_optimizer
 from ridgeline.train.record import drop_after
@@ -301,3 +302,34 @@ def test_metrics_after_a_step_are_dropped(tmp_path: Path) -> None:
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 3, "validation_loss": 1.0}\n{"step": 4')
     assert drop_after(file, 2) == 2
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_resuming_a_run_that_is_done_leaves_it_as_it_is(data: dict[str, Any], tmp_path: Path) -> None:
+    """Neither its summary nor its configuration changes, whether fewer or as many steps are asked for."""
+    run = train(tiny(data, train__checkpoint_every=3), runs_root=tmp_path)
+    before = {
+        name: (run.path / name).read_bytes() for name in ("summary.json", "config.json", "run.json", "metrics.jsonl")
+    }
+    for steps in (3, 6):
+        with pytest.raises(UserError, match=f"is at step 6 and train.steps is {steps}: nothing to do"):
+            train(tiny(data, train__checkpoint_every=3, train__steps=steps), resume=run.id, runs_root=tmp_path)
+    assert before == {name: (run.path / name).read_bytes() for name in before}
+
+
+def test_a_short_continuation_keeps_the_speed_of_the_steps_before(data: dict[str, Any], tmp_path: Path) -> None:
+    run = train(tiny(data, train__checkpoint_every=3), runs_root=tmp_path)
+    rate, peak = run.summary["tokens_per_second"], run.summary["peak_memory_bytes"]
+    longer = train(tiny(data, train__checkpoint_every=3, train__steps=7), resume=run.id, runs_root=tmp_path)
+    assert longer.summary["steps"] == 7 and longer.summary["steady_steps"] == 0
+    assert (
+        longer.summary["tokens_per_second"] == pytest.approx(rate) and longer.summary["peak_memory_bytes"] >= 0.5 * peak
+    )
+
+
+def test_one_process_trains_a_run_at_a_time(data: dict[str, Any], tmp_path: Path) -> None:
+    run = train(tiny(data, train__checkpoint_every=3), runs_root=tmp_path)
+    before = (run.path / "run.json").read_bytes()
+    with hold(run.path), pytest.raises(JobError, match="another process is training it now"):
+        train(tiny(data, train__steps=8), resume=run.id, runs_root=tmp_path)
+    assert (run.path / "run.json").read_bytes() == before
+    assert train(tiny(data, train__steps=8), resume=run.id, runs_root=tmp_path).summary["steps"] == 8

@@ -45,7 +45,7 @@ def serve(
 
     folder = resolve_model(model, runs, lambda line: print(line, file=sys.stderr))
     settings = ServeSettings(
-        name=name or served_name(model, folder),
+        name=served_name(model, folder) if name is None else name,
         host=host,
         port=port,
         max_batch=max_batch,

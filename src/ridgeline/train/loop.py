@@ -169,7 +169,7 @@ def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "optimizer_seconds": medians.get("optimizer_seconds"),
         "steady_steps": recorder.steady_steps,
         "mfu": limits.mfu(rate) if rate else None,
-        "mfu_formula": limits.formula,
+        "mfu_formula": f"({limits.formula}) x tokens/s / ceiling",
         "mfu_denominator": limits.denominator,
         "steps": trainer.state.step,
         "skipped_steps": len(trainer.skipped),

@@ -14,6 +14,9 @@ import torch
 
 from ridgeline.runs import Run, write_atomic
 
+TIMED = ("tokens_per_second", "step_seconds", "data_seconds", "compute_seconds", "optimizer_seconds")
+"""What is told of every step and summed up as a median."""
+
 
 class TensorBoard:
     """Scalars to a TensorBoard event file. A resumed run opens another file; TensorBoard joins them by step."""
@@ -45,7 +48,8 @@ class Recorder:
         drop_after(run.path / "metrics.jsonl", resumed_at)
         self._board = TensorBoard(run.path / "tensorboard")
         self._steady: dict[str, list[float]] = {}
-        self.peak_memory_bytes = 0
+        self._earlier = [line for line in run.metrics() if "step_seconds" in line] if resumed_at else []
+        self.peak_memory_bytes = max((int(line.get("memory_bytes", 0)) for line in self._earlier), default=0)
 
     def step(self, values: dict[str, Any], steady: bool) -> None:
         """One optimiser step; ``steady`` ones (no compile, no warm-up) enter the medians."""
@@ -54,7 +58,7 @@ class Recorder:
         scalars = {f"train/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
         self._board.scalars(values["step"], scalars)
         if steady:
-            for name in ("tokens_per_second", "step_seconds", "data_seconds", "compute_seconds", "optimizer_seconds"):
+            for name in TIMED:
                 self._steady.setdefault(name, []).append(values[name])
 
     def validation(self, step: int, loss: float, seconds: float) -> None:
@@ -63,8 +67,11 @@ class Recorder:
         self._board.scalars(step, {"validation/loss": loss})
 
     def medians(self) -> dict[str, float]:
-        """Medians over the steady steps; empty when there was none."""
-        return {name: statistics.median(values) for name, values in self._steady.items()}
+        """Medians over the steady steps of this session, or when it had none of those before it; empty without any."""
+        if self._steady:
+            return {name: statistics.median(values) for name, values in self._steady.items()}
+        before = [line for line in self._earlier if line.get("steady")]
+        return {name: statistics.median(line[name] for line in before) for name in TIMED} if before else {}
 
     @property
     def steady_steps(self) -> int:

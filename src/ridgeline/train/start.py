@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,10 @@ from ridgeline.errors import JobError, UserError
 from ridgeline.parallel.mesh import outer_world
 from ridgeline.plan import calibration
 from ridgeline.runs import Run
+from ridgeline.train.checkpoint import PREFIX, folder_of, verify
+from ridgeline.train.hold import hold
 from ridgeline.train.launch import launch
-from ridgeline.train.session import Session
+from ridgeline.train.session import CHECKPOINTS, Session
 from ridgeline.train.source import ensure_dataset
 from ridgeline.train.worker import say_on_stderr
 
@@ -57,16 +59,17 @@ def train(
     world = outer_world()
     if world is not None and world[1] > 1:
         return _train_as_rank(_with_procs(job, world[1]), run, resume, profile, runs_root, say, progress)
-    session = _prepare(job, run, resume, profile, runs_root, say, progress)
-    run = Run.open(session.run)
-    with _closing(run):
-        if job.parallel.procs > 1:
-            launch(session.write(run.path), job.parallel.procs)
-        else:
-            from ridgeline.train.session import run_session
+    with ExitStack() as held:
+        session = _prepare(job, held, run, resume, profile, runs_root, say, progress)
+        run = Run.open(session.run)
+        with _closing(run):
+            if job.parallel.procs > 1:
+                launch(session.write(run.path), job.parallel.procs)
+            else:
+                from ridgeline.train.session import run_session
 
-            run_session(session, say)
-    return _finished(run)
+                run_session(session, say)
+        return _finished(run)
 
 
 def continued_config(run: Run, overrides: list[str]) -> JobConfig:
@@ -95,13 +98,29 @@ def check_continues(run: Run, job: JobConfig) -> None:
             raise UserError(f"resume {run.id}: {_difference(name, old, new)}; start a new run for that")
 
 
-def _run_for(job: JobConfig, source: Run | None, only_profile: bool, root: str | Path | None) -> Run:
+def check_unfinished(run: Run, job: JobConfig) -> None:
+    """Raise :class:`UserError` when ``run`` already holds as many steps as ``job`` asks for."""
+    root, asked = run.path / CHECKPOINTS, job.train.steps
+    steps = [folder.name.removeprefix(PREFIX) for folder in root.glob(f"{PREFIX}*")]
+    taken = max((int(step) for step in steps if step.isdigit()), default=0)
+    # A run that stopped at its last step without ending may lack its export, and a damaged checkpoint is taken again.
+    ended = run.info["status"] == "done" and verify(folder_of(root, taken)) is None
+    if taken > asked or (taken == asked and ended):
+        more = f"train.steps=N with N above {taken} goes on"
+        raise UserError(f"resume {run.id}: is at step {taken} and train.steps is {asked}: nothing to do; {more}")
+
+
+def _run_for(job: JobConfig, held: ExitStack, source: Run | None, only_profile: bool, root: str | Path | None) -> Run:
     config = job.model_dump(mode="json")
     if source is None:
-        return Run.create("train", job.data.name, config=config, root=root)
+        run = Run.create("train", job.data.name, config=config, root=root)
+        held.enter_context(hold(run.path))
+        return run
     if only_profile:
         return Run.create("profile", source.info["name"], config=config, parents=[source.id], root=root)
     _require_training_run(source)
+    check_unfinished(source, job)
+    held.enter_context(hold(source.path))
     source.reopen()
     source.save_json("config.json", config)
     return source
@@ -109,6 +128,7 @@ def _run_for(job: JobConfig, source: Run | None, only_profile: bool, root: str |
 
 def _prepare(
     job: JobConfig,
+    held: ExitStack,
     run: Run | None,
     resume: str | None,
     profile: ProfileSpec | None,
@@ -116,12 +136,15 @@ def _prepare(
     say: Say,
     progress: Any,
 ) -> Session:
-    """Check, make the run, build the data if needed, and store limits and prediction, before any process starts."""
+    """Check, make the run, build the data if needed, and store limits and prediction, before any process starts.
+
+    The run is entered into ``held``: no other process can train it until that closes.
+    """
     source = Run.open(resume, runs_root) if resume is not None else None
     if source is not None:
         check_continues(source, job)
     only_profile = profile is not None and (source is not None if run is None else run.kind == "profile")
-    run = run or _run_for(job, source, only_profile, runs_root)
+    run = run or _run_for(job, held, source, only_profile, runs_root)
     with _closing(run):
         folder = ensure_dataset(job.data, say, progress)
         _store_limits(job, run, folder)
@@ -143,11 +166,11 @@ def _train_as_rank(job: JobConfig, *preparation: Any) -> Run:
     from ridgeline.train.session import device_type, run_session
 
     say = preparation[-2]
-    with joined(device_type()) as layout:
+    with joined(device_type()) as layout, ExitStack() as held:
         box: list[Session | Exception | None] = [None]
         if layout.is_main:
             try:
-                box = [_prepare(job, *preparation)]
+                box = [_prepare(job, held, *preparation)]
             except (UserError, JobError) as error:
                 box = [error]
         dist.broadcast_object_list(box, src=0)
