@@ -205,7 +205,9 @@ def test_a_reader_that_has_gone_is_no_traceback():
     """``ridgeline --help | true``"""
     reader, writer = os.pipe()
     os.close(reader)
-    with subprocess.Popen([sys.executable, "-m", "ridgeline", "--help"], stdout=writer, stderr=subprocess.PIPE) as child:
+    with subprocess.Popen(
+        [sys.executable, "-m", "ridgeline", "--help"], stdout=writer, stderr=subprocess.PIPE
+    ) as child:
         os.close(writer)
         _, errors = child.communicate(timeout=30)
     assert (child.returncode, errors) == (1, b"")

@@ -199,5 +199,5 @@ def test_sigterm_takes_the_job_with_it(tmp_path: Path) -> None:
         assert jobs
         verb.terminate()
         _, errors = verb.communicate(timeout=30)
-    assert verb.returncode == 130 and "Traceback" not in errors
+    assert verb.returncode == 143 and "Traceback" not in errors
     assert psutil.wait_procs(jobs, timeout=10)[1] == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,6 @@ def improve(
     from ridgeline.profiling.improve import Plan
     from ridgeline.profiling.improve import improve as improve_job
 
-    signal.signal(signal.SIGTERM, _interrupt)  # a batch system's end takes the job with it, as Ctrl-C does
     with _progress() as say:
         plan = Plan(warmup, steps, timeout)
         answer = improve_job(target, plan=plan, rounds=rounds, top=top, knob=knob, runs_root=runs, say=say)
@@ -54,10 +52,6 @@ def improve(
         emit(answer.to_dict())
     else:
         print_answer(console(), answer)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def _call(app: Any, name: str, args: list[str]) -> int:
         return _refuse(f"{name}: say which (valid: {', '.join(names)})", 2)
     if names and not args[0].startswith("-") and args[0] not in names:
         return _refuse(f"{name}: no such sub-verb '{args[0]}'{nearest(args[0], names)}", 2)
-    usage_error = typer.BadParameter.__mro__[1]  # click's, or the one that typer brings along since 0.26
+    usage_error: Any = typer.BadParameter.__mro__[1]  # click's, or the one that typer brings along since 0.26
     try:
         code = command.main(args=args, prog_name=f"ridgeline {name}", standalone_mode=False)
     except usage_error as error:
