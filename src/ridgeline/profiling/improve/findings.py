@@ -114,12 +114,20 @@ def _main_loader(base: Baseline, loaders: list[dict[str, Any]]) -> dict[str, Any
 
 
 def _line_of(base: Baseline, loader: dict[str, Any]) -> str:
-    """The hottest line at or below the dataset's ``__getitem__``, while it runs in this process."""
+    """The hottest line of the dataset's ``__getitem__``, while it runs in this process, or nothing.
+
+    Only of its own lines: the sampler gets its turn most easily where torch lets go of the interpreter, which is in the
+    training loop even when the time goes to Python's arithmetic.
+    """
     file, _, first = loader["item"].rpartition(":")
     if not file or loader["workers"]:
         return ""
-    calls = set(base.calls(lambda name: name == "backward"))
-    return base.hottest(0, lambda where: where.rpartition(":")[0] == file and where not in calls)
+
+    def inside(where: str) -> bool:
+        path, _, line = where.rpartition(":")
+        return path == file and int(first) <= int(line) <= loader["item_end"]
+
+    return base.hottest(0, inside)
 
 
 def _workers(wait: float, rest: float, cores: int, busy: bool) -> int:

@@ -126,6 +126,7 @@ def _describe_loader(loader: Any, iterable: bool, frame: Any) -> dict[str, Any]:
         "iterable": iterable,
         "dataset": kind.__qualname__,
         "item": f"{code.co_filename}:{code.co_firstlineno}" if code else "",
+        "item_end": max((line or 0 for *_, line in code.co_lines()), default=0) if code else 0,
         "where": place(frame),
     }
 
