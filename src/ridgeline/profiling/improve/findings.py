@@ -125,7 +125,7 @@ def _line_of(base: Baseline, loader: dict[str, Any]) -> str:
 
     def inside(where: str) -> bool:
         path, _, line = where.rpartition(":")
-        return path == file and int(first) <= int(line) <= loader["item_end"]
+        return path == file and int(first) <= int(line) <= int(loader["item_end"])
 
     return base.hottest(0, inside)
 
