@@ -385,14 +385,14 @@ def _first(trace: Trace) -> TraceTable:
 def _snapshot(path: str, top: int, as_json: bool) -> None:
     """A memory snapshot: its peak by place, and the out-of-memory in it, if there is one."""
     from ridgeline.profiling.analyses.oom import explain_oom
-    from ridgeline.profiling.analyses.snapshot import read_snapshot, snapshot_peak
+    from ridgeline.profiling.analyses.snapshot import read_snapshot, snapshot_peak, why_no_history
 
     found = read_snapshot(path)
     peak, report = snapshot_peak(found), explain_oom(found)
     if as_json:
         emit({"peak": peak.to_dicts(), "out_of_memory": report.to_dict() if report else None})
         return
-    show(peak, "What the peak is made of", top, False, "the snapshot holds no allocation")
+    show(peak, "What the peak is made of", top, False, why_no_history(found) or "no allocation")
     for sentence in report.sentences if report else ():
         console().print(f"- {sentence}", soft_wrap=True)
 

@@ -52,15 +52,6 @@ def stacked_bars(rows: Sequence[str], parts: Mapping[str, Sequence[float]], x_ti
     return _fragment(figure)
 
 
-def predicted_measured(names: Sequence[str], predicted: Sequence[float], measured: Sequence[float]) -> str:
-    """Pairs of bars on a logarithmic axis, each pair in its own unit, both relative to the measured value."""
-    figure = _figure(barmode="group", yaxis={"title": "predicted / measured"}, hovermode="closest")
-    ratios = [p / m if m else 0.0 for p, m in zip(predicted, measured, strict=True)]
-    figure.add_bar(x=list(names), y=ratios, name="predicted / measured", text=[f"{r:.2f}" for r in ratios])
-    figure.add_hline(y=1.0, line_dash="dash", line_color="#5b6776")
-    return _fragment(figure)
-
-
 def latency_curves(samples: Mapping[str, Sequence[float]]) -> str:
     """Cumulative distributions: the share of samples at or below a latency, on a logarithmic axis."""
     figure = _figure(
