@@ -1,0 +1,14 @@
+"""The compiler doctor: what torch.compile does to a program, ranked by the seconds it loses.
+
+::
+
+    ridgeline doctor train.py --> target.py    what to run: a script, module:callable, or a command such as torchrun
+                                  session.py   starts it under the injection, waits, reads what it wrote, ranks
+                                  inside.py    (in the program) hooks torch.compile, writes one file at the end
+                                  observe.py   (in the program) events of the compiler --> Observation
+                                  timing.py    (in the program) eager against compiled, interleaved
+                                  ranks.py     the same frames on several ranks
+                                  report.py    the table for people
+
+Import from the files: those that run in the program need torch and the standard library alone.
+"""
