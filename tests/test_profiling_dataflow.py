@@ -20,6 +20,7 @@ from test_profiling_synthetic import event, text
 
 ADD = "aten::add.Tensor(Tensor self, Tensor other, *, Scalar alpha=1) -> Tensor"
 ADD_ = "aten::add_.Tensor(Tensor(a!) self, Tensor other, *, Scalar alpha=1) -> Tensor(a!)"
+MUL_ = "aten::mul_.Tensor(Tensor(a!) self, Tensor other) -> Tensor(a!)"
 MM = "aten::mm(Tensor self, Tensor mat2) -> Tensor"
 GELU = "aten::gelu(Tensor self, *, str approximate='none') -> Tensor"
 VIEW = "aten::view(Tensor(a) self, SymInt[] size) -> Tensor(a)"
@@ -159,6 +160,47 @@ def test_a_helper_that_writes_before_its_operator_returns() -> None:
     assert rows["3.0.0"]["reads"] == 0
     assert (rows["3.1.0"]["written_by"], rows["3.1.0"]["last_read_by"]) == ("aten::addmm", "aten::gelu")
     assert "3.0.1" not in rows
+
+
+def scalars(dtype: str, after: str = "double") -> list[Node]:
+    """Backward writes 3 and lets it go; the optimizer then multiplies 6 by a Python number that got its storage's id."""
+    graph = Graph()
+    back = graph.new_id()
+    graph.node("aten::mm", [1, 2], [3], MM, parent=back, dtype=dtype)
+    graph.node("autograd::engine::evaluate_function: MmBackward0", [], [], id=back)
+    step = graph.new_id()
+    graph.node("aten::mul_", [6, 3], [6], MUL_, parent=step)
+    number = graph.nodes[-1]["inputs"]
+    number["values"][1] = [1003, 3, 0, 1, 8, "cpu"]
+    number["shapes"][1], number["strides"][1], number["types"][1] = [], [], f"Tensor({after})"
+    graph.node("Optimizer.step#SGD.step", [], [], id=step)
+    return graph.load()
+
+
+@pytest.mark.parametrize(("dtype", "after"), [("float", "double"), ("double", "double"), ("long int", "long int")])
+def test_a_python_number_at_the_address_of_a_tensor_that_is_gone(dtype: str, after: str) -> None:
+    """No operator makes the tensor that wraps a number; it is not read as the one that had its address before."""
+    rows = by_tensor(tensor_flow(scalars(dtype, after)))
+    gone = rows.get("3.0.0")
+    assert gone is not None and (gone["role"], gone["reads"], gone["bytes"]) == ("temporary", 0, 1024)
+    number = rows["3.1.0"]
+    assert (number["role"], number["written_by"], number["last_read_by"]) == ("input", None, "aten::mul_")
+    assert (number["bytes"], number["dtype"]) == (8, after)
+
+
+def test_views_in_other_types_and_shapes_are_the_same_tensor() -> None:
+    """What a recorded view gives, of whatever type or without dimensions, is still its source."""
+    graph = Graph()
+    graph.node("aten::mm", [1, 2], [3], MM, dtype="double")
+    graph.node("aten::view", [3], [3], VIEW, dtype="double")
+    graph.nodes[-1]["outputs"]["types"] = ["Tensor(long int)"]
+    graph.node("aten::gelu", [3], [4], GELU, dtype="long int")
+    graph.node("aten::select", [3], [3], VIEW, dtype="double")
+    graph.nodes[-1]["outputs"].update(shapes=[[]], strides=[[]])
+    graph.node("aten::gelu", [3], [5], GELU, dtype="double")
+    graph.nodes[-1]["inputs"].update(shapes=[[]], strides=[[]])
+    rows = by_tensor(tensor_flow(graph.load()))
+    assert rows["3.0.0"]["reads"] == 2 and "3.1.0" not in rows
 
 
 def copying(used_after: bool = False, written_after: bool = False, **form: Any) -> list[Node]:

@@ -1,7 +1,9 @@
 """Follow an execution trace: versions of every storage, who wrote and who read each, and copies of the same form.
 
 A write begins a new version; an operator's new result begins a new life of its storage, for ids of storages that are gone
-are given again. An access counts for the innermost operator that makes it.
+are given again (torch numbers them by address). Tensors that no recorded operator makes, such as the one that wraps the
+0.9 of ``momentum.mul_(0.9)``, can take such an id too; an argument in a form that the life before never had shows it.
+An access counts for the innermost operator that makes it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ _ACCUMULATE = "AccumulateGrad"
 _UNWRITTEN = re.compile(r"aten::(empty|new_empty|resize_|set_)")
 _SHAPE_ONLY = re.compile(r"aten::(empty|new_|resize_$|set_|\w+_like$)")
 _PURE_WRITE = re.compile(r"aten::(copy_|fill_|zero_|normal_|uniform_|bernoulli_)$")
+_NUMBERS = ("double", "long int", "long", "bool", "c10::complex<double>")
+"""Types in which torch wraps a Python number, as a tensor of no dimension on the CPU."""
 
 
 @dataclass
@@ -58,6 +62,13 @@ class Copy:
     size: int
 
 
+_Form = tuple[str, tuple[int, ...], tuple[int, ...]]
+
+
+def _form(tensor: Tensor) -> _Form:
+    return tensor.dtype, tensor.shape, tensor.strides
+
+
 @dataclass
 class Flow:
     """All versions and same-form copies of an execution trace."""
@@ -77,6 +88,7 @@ class _Walk:
         self.current: dict[int, Version] = {}
         self.lives: dict[int, int] = {}
         self.began: dict[int, int] = {}  # storage -> node that began its life; ids rise with the start of a node
+        self.forms: dict[int, set[_Form]] = {}  # storage -> forms that tensors of its current life had
         self.now = 0
         self.done: dict[int, tuple[set[int], set[int]]] = {}  # (read, written) storages below a node not yet ended
 
@@ -116,7 +128,8 @@ class _Walk:
         changed = [(place, one) for place, one in given if place in what.changes]
         made = [one for one in results if one.storage not in mine]
         if what.known and not changed and not any(what.fresh):
-            return  # a view: it moves nothing
+            self.view(given, results)  # it moves nothing
+            return
         phase = self.phase_of(node)
         blind = bool(_PURE_WRITE.match(node.name))
         self.note_copy(at, node, given)
@@ -134,15 +147,35 @@ class _Walk:
     def version(self, tensor: Tensor) -> Version:
         """The current version of a tensor's storage; one from before the capture when it has none."""
         found = self.current.get(tensor.storage)
-        if found is None:
+        if found is None or self.strange(tensor):
             found = self.begin(tensor)
         found.bytes = max(found.bytes, tensor.bytes)
+        self.forms[tensor.storage].add(_form(tensor))
         return found
+
+    def view(self, given: list[tuple[int, Tensor]], results: list[Tensor]) -> None:
+        """The results of a view are other forms of what it was given."""
+        for _, one in given:
+            if one.storage in self.current and self.strange(one):
+                self.begin(one)
+        for one in results:
+            if one.storage in self.current:
+                self.forms[one.storage].add(_form(one))
+
+    def strange(self, tensor: Tensor) -> bool:
+        """Whether an argument cannot be of the life known under its id: a type which no view of that life had, or a
+        wrapped number where there was none. Unrecorded aliases (``detach`` in C++) keep the type."""
+        known = self.forms[tensor.storage]
+        if tensor.dtype not in {dtype for dtype, *_ in known}:
+            return True
+        number = not tensor.shape and tensor.device == "cpu" and tensor.dtype in _NUMBERS
+        return number and _form(tensor) not in known
 
     def live(self, tensor: Tensor) -> tuple[int, int, int]:
         """(life, version, bytes) with which a new life of a storage begins."""
         life = self.lives[tensor.storage] = self.lives.get(tensor.storage, -1) + 1
         self.began[tensor.storage] = self.now
+        self.forms[tensor.storage] = {_form(tensor)}
         return life, 0, tensor.bytes
 
     def begin(self, tensor: Tensor) -> Version:
@@ -175,6 +208,7 @@ class _Walk:
         found.maker = found.maker or node
         if not found.returned and not _UNWRITTEN.match(node.name):
             found.written_by, found.written_at, found.written_in, found.returned = node, at, phase, True
+        self.forms[tensor.storage].add(_form(tensor))
         written.add(tensor.storage)
 
     def note_copy(self, at: int, node: Node, given: list[tuple[int, Tensor]]) -> None:
