@@ -8,7 +8,7 @@ a 5 GB trace then fits in a fraction of its size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import compress
 from typing import Any, overload
 
@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from ridgeline.profiling.chunks import Event
 from ridgeline.profiling.classify import COLLECTIVE_OP
+from ridgeline.profiling.codes import Codes
 from ridgeline.profiling.decimal_time import readable_ns
 from ridgeline.profiling.intervals import Times
+from ridgeline.profiling.marks import MarkColumns, Marks
 from ridgeline.profiling.store import Store
-from ridgeline.profiling.table import ANNOTATION_NAMES, DEVICE_KINDS, Kind, Mark, Mask, kind_of
+from ridgeline.profiling.table import ANNOTATION_NAMES, DEVICE_KINDS, Kind, Mask, kind_of
 
 _ROW, _ARROW, _MARK, _LABEL, _SKIP = range(5)
 _COLLECTION = "Python GC"
@@ -41,36 +43,6 @@ _NARROW = {
     "args_bytes": np.int32,
 }
 """What the columns are gathered in; a value that does not fit widens its column."""
-
-
-class Codes(dict[Any, int]):
-    """A number for every distinct value, in order of appearance."""
-
-    def __missing__(self, value: Any) -> int:
-        self[value] = code = len(self)
-        return code
-
-    def of(self, *values: list[Any]) -> NDArray[np.int32]:
-        """The codes of a list's values, or of several lists' tuples; what cannot be hashed counts as its text."""
-        one, count = len(values) == 1, len(values[0])
-        try:  # zip hands out the same tuple again and again: no garbage
-            return np.fromiter(map(self.__getitem__, values[0] if one else zip(*values, strict=True)), np.int32, count)
-        except TypeError:
-            again = values[0] if one else zip(*values, strict=True)
-            return np.fromiter((self[_hashable(value)] for value in again), np.int32, count)
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_hashable, value))
-    return str(value) if isinstance(value, (list, dict)) else value
-
-
-def text_codes(codes: Codes, text: Callable[[Any], Any]) -> tuple[NDArray[np.int32], tuple[Any, ...]]:
-    """(for every code the place of its text in sorted order, the sorted texts): independent of the file's order."""
-    texts = [text(value) for value in codes]
-    rank = {one: at for at, one in enumerate(sorted(set(texts)))}
-    return np.fromiter((rank[one] for one in texts), np.int32, len(texts)), tuple(rank)
 
 
 class KeptArgs(Sequence[Any]):
@@ -134,7 +106,7 @@ class Columns:
         self._arrows: list[NDArray[np.int64]] = []
         self.streaming = False
         self._text = bytearray()
-        self._marks: list[Event] = []
+        self._marks = MarkColumns()
         self.labels: dict[str, str] = {}
         self.first_args: dict[int, bytes] = {}
         self.unreadable = 0
@@ -189,8 +161,8 @@ class Columns:
                 self._label(event)
         if (role == _ARROW).any():
             self._add_arrows(list(compress(events, (role == _ARROW).tolist())))
-        if not self.streaming:
-            self._marks += compress(events, (role == _MARK).tolist())
+        if not self.streaming and (role == _MARK).any():
+            self._marks.add(list(compress(events, (role == _MARK).tolist())))
 
     def _label(self, event: Event) -> None:
         try:
@@ -256,7 +228,7 @@ class Columns:
         """From now on keep the arguments of chosen rows only, and no marks; forget what is held beyond that."""
         if self.streaming:
             return
-        self.streaming, self._marks = True, []
+        self.streaming, self._marks = True, MarkColumns()
         keep, size = self._stores["keep"].take(np.bool_), self._stores["args_bytes"].take(np.int64)
         end = np.cumsum(size)[keep]
         text, size = memoryview(self._text), size[keep]
@@ -280,22 +252,10 @@ class Columns:
         """Flow events as rows (begins, id, thread, ns). ``[4, arrows]``"""
         return np.concatenate(self._arrows, axis=1) if self._arrows else np.empty((4, 0), np.int64)
 
-    def marks(self, base: int) -> tuple[Mark, ...]:
+    def marks(self, base: int) -> Marks:
         """Instants and counters in time order; none of a large trace."""
-        events = self._marks
-        moments, good = readable_ns([e.ts for e in events])
-        phase = ["i" if e.ph == "I" else e.ph for e in events]
-        where = [(str(e.pid), str(e.tid)) for e in events]
-        columns = (
-            phase,
-            [str(e.name) for e in events],
-            where,
-            (moments + base).tolist(),
-            [bytes(e.args) for e in events],
-        )
-        found = compress(map(Mark._make, zip(*columns, strict=True)), good.tolist())
-        self.unreadable += int((~good).sum())
-        return tuple(sorted(found, key=lambda one: (one.time_ns, one.name)))
+        self.unreadable += self._marks.unreadable
+        return self._marks.take(base)
 
     def skipped(self) -> dict[str, int]:
         """How many events of every other sort were left out, by ``phase:category``."""
@@ -332,7 +292,7 @@ def _decode_launches(args: list[Any]) -> list[_Launch]:
     """All of them in one call of the decoder; one by one only if one of them is odd."""
     nothing = _Launch()
     try:
-        found = _LAUNCH_LIST.decode(b"[" + b",".join([bytes(one) or b"null" for one in args]) + b"]")
+        found = _LAUNCH_LIST.decode(b"[" + b",".join([one if one else b"null" for one in args]) + b"]")
     except (msgspec.DecodeError, UnicodeDecodeError):
         found = [_launch(one) for one in args]
     return [one or nothing for one in found]

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from ridgeline.errors import UserError
 from ridgeline.profiling.chunks import CHUNK, Chunks, Header, NotATrace, repair
+from ridgeline.profiling.codes import text_codes
 from ridgeline.profiling.decimal_time import BELIEVABLE
-from ridgeline.profiling.gather import Columns, text_codes
+from ridgeline.profiling.gather import Columns
 from ridgeline.profiling.intervals import Times
 from ridgeline.profiling.ranks import name_devices, split_ranks
 from ridgeline.profiling.sources import TRACE_SUFFIXES, Progress, Reader, find_traces

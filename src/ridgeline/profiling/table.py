@@ -161,7 +161,7 @@ class TraceTable:
     device: NDArray[np.int32]
     stream: Times
     links: Links = field(default_factory=Links.none)
-    marks: tuple[Mark, ...] = ()
+    marks: Sequence[Mark] = ()
     _made: dict[str, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
