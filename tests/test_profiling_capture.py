@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 from torch.profiler import record_function
 
 from ridgeline.errors import JobError, UserError
 from ridgeline.profiling import ProfileSpec, StepProfiler, analyze, capture, verdict
+from ridgeline.profiling.analyses.execution import load_execution_trace
 from ridgeline.profiling.results import StepBreakdown
+from ridgeline.profiling.trace import Trace
 from test_profiling_synthetic import check_sums
 
 SPEC = ProfileSpec(wait=3, warmup=1, active=2)
@@ -73,6 +77,49 @@ def test_a_capture_tells_what_ran(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert cost is not None and cost["untraced_seconds"] > 0
     shown = capfd.readouterr()
     assert shown.out == "" and "USDT" not in shown.err
+
+
+def test_an_execution_trace_lies_beside_the_trace(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of the recorded steps alone: both layers' parameters and their gradients, once per step, with their releases."""
+    loop(tmp_path, SPEC.total_steps + 1, replace(SPEC, flow=True))
+    kept = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert kept == ["execution/rank0.json.gz", "rank0.json.gz"]
+    trace = Trace.load(tmp_path)
+    assert trace.why_no_flow() is None
+    rows = trace.tensor_flow()
+    gradients = rows.filter(pl.col("role") == "gradient")
+    sizes = sorted(4 * count for count in (64 * 128, 128, 128 * 64, 64))
+    assert sorted(gradients["bytes"].to_list()) == sorted(sizes * SPEC.active)
+    released = rows.filter((pl.col("role") == "activation") & (pl.col("written_by") == "aten::gelu"))
+    assert released.height == SPEC.active and released["freed_ns"].is_not_null().all()
+    shown = capfd.readouterr()
+    assert shown.out == "" and "execution_trace_observer" not in shown.err
+
+
+def test_no_execution_trace_of_another_capture_stays(tmp_path: Path) -> None:
+    """Recorded again without data flow, the old execution trace is gone; a failed loop keeps none, and the next can."""
+    loop(tmp_path, SPEC.total_steps, replace(SPEC, flow=True))
+    loop(tmp_path, SPEC.total_steps)
+    assert not (tmp_path / "execution" / "rank0.json.gz").exists()
+    with pytest.raises(JobError):
+        loop(tmp_path / "b", 2, replace(SPEC, flow=True))
+    assert list((tmp_path / "b").iterdir()) == []
+    loop(tmp_path / "b", SPEC.total_steps, replace(SPEC, flow=True))
+    assert (tmp_path / "b" / "execution" / "rank0.json.gz").is_file()
+
+
+def test_a_second_observer_is_refused(tmp_path: Path) -> None:
+    """torch allows one per process: said before the first step, nothing is left behind, and the other goes on."""
+    other = torch.profiler.ExecutionTraceObserver().register_callback(str(tmp_path / "mine.json"))
+    try:
+        with pytest.raises(JobError, match="another ExecutionTraceObserver"):
+            loop(tmp_path / "traces", SPEC.total_steps, replace(SPEC, flow=True))
+        other.start()
+        torch.ones(3).add(1)
+    finally:
+        other.unregister_callback()
+    assert not list((tmp_path / "traces").rglob("*.json*"))
+    assert "aten::add" in {node.name for node in load_execution_trace(tmp_path / "mine.json")}
 
 
 def test_a_slow_loader_is_found_and_named(tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ def test_every_table_documents_every_column(pair: Path) -> None:
         "sequences",
         "roofline",
         "memory",
+        "flow",
         "whatif",
     ],
 )
@@ -162,6 +163,56 @@ def test_the_report_holds_what_the_analyses_found(pair: Path, tmp_path: Path) ->
     assert "aten::mm" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+def execution_trace(path: Path) -> Path:
+    """mm -> 3, cloned into 4, which gelu reads: the clone was for nothing."""
+
+    def side(*storages: int) -> dict[str, Any]:
+        values = [[one + 100, one, 0, 256, 4, "cpu"] for one in storages]
+        forms = {"shapes": [[256]] * len(values), "strides": [[1]] * len(values)}
+        return {"values": values, "types": ["Tensor(float)"] * len(values), **forms}
+
+    def node(at: int, name: str, given: Any, made: Any, schema: str, parent: int = 1) -> dict[str, Any]:
+        attrs = [{"name": "op_schema", "value": schema}, {"name": "rf_id", "value": 0}]
+        return {"id": at, "name": name, "ctrl_deps": parent, "inputs": given, "outputs": made, "attrs": attrs}
+
+    nodes = [
+        node(10, "aten::mm", side(1, 2), side(3), "aten::mm(Tensor self, Tensor mat2) -> Tensor"),
+        node(12, "aten::empty_like", side(3), side(4), "aten::empty_like(Tensor self) -> Tensor", 11),
+        node(13, "aten::copy_", side(4, 3), side(4), "aten::copy_(Tensor(a!) self, Tensor src) -> Tensor(a!)", 11),
+        node(11, "aten::clone", side(3), side(4), "aten::clone(Tensor self) -> Tensor"),
+        node(14, "aten::gelu", side(4), side(5), "aten::gelu(Tensor self) -> Tensor"),
+    ]
+    text = json.dumps({"schema": "1.1.1-chakra.0.0.4", "nodes": nodes})
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def test_flow_finds_an_execution_trace_by_name_beside_or_alone(pair: Path, tmp_path: Path) -> None:
+    """Given by file, by folder, recorded beside the trace, or without a trace: the same needless copy."""
+    first = rank_file(tmp_path, 0, 0)
+    alone = execution_trace(tmp_path / "et" / "alone.json")
+    given = document("flow", first, "--execution-trace", alone, "--min-bytes", 1)
+    assert [(one["finding"], one["operator"], one["bytes"]) for one in given["findings"]] == [
+        ("needless copy", "aten::clone", 1024)
+    ]
+    assert given["why_not_all"] is None and given["summary"][0]["bytes"] >= 1024
+    by_itself = document("flow", alone, "--min-bytes", 1)
+    assert "times and releases are not known" in by_itself["why_not_all"]
+    assert [one["operator"] for one in by_itself["findings"]] == ["aten::clone"]
+    execution_trace(tmp_path / "execution" / "rank0.json.gz")
+    beside = document("flow", first, "--min-bytes", 1)
+    assert beside["tensors"] == given["tensors"] and beside["findings"] == given["findings"]
+    shown = trace("flow", first, "--min-bytes", 1)
+    assert "needless copy" in shown.stdout and "drop the clone" in shown.stdout
+    for rank in (0, 1):
+        execution_trace(tmp_path / "ranks" / f"rank{rank}.json.gz")
+    both = document("flow", pair, "--execution-trace", tmp_path / "ranks", "--min-bytes", 1)
+    assert [one["rank"] for one in both["findings"]] == [0, 1]
+    refused = trace("flow", pair, "--execution-trace", alone)
+    assert refused.returncode == 2 and "add --rank" in refused.stderr and refused.stdout == ""
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -170,12 +221,14 @@ def test_the_report_holds_what_the_analyses_found(pair: Path, tmp_path: Path) ->
         (["idle", "PAIR", "--rank", "7"], "no rank 7"),
         (["kernels", "PAIR", "--by", "operatr"], "did you mean 'operator'"),
         (["whatif", "PAIR", "--change", "free-comunication"], "did you mean 'free-communication'"),
+        (["flow", "PAIR", "--execution-trace", "PAIR/none.json", "--rank", "0"], "cannot be read"),
+        (["flow", "PAIR", "--execution-trace", "PAIR/..", "--rank", "0"], "holds no file with a trace's name"),
         (["critical-path", "PAIR", "--across", "--step", "1"], "leave out --step"),
         (["diff", "PAIR", "PAIR", "--by", "modul"], "did you mean 'module'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(pair: Path, arguments: list[str], words: str) -> None:
-    done = trace(*[str(pair) if one == "PAIR" else one for one in arguments])
+    done = trace(*[one.replace("PAIR", str(pair)) for one in arguments])
     assert done.returncode == 2 and done.stdout == "", done.stdout
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("ridgeline:")]
     assert words in line and "Traceback" not in done.stderr

@@ -32,6 +32,7 @@ def profile(
     wait: int = typer.Option(4, "--wait", min=0, help="Untraced steps before; all but the first are timed."),
     warmup: int = typer.Option(1, "--warmup", min=0, help="Traced steps that are thrown away."),
     stack: bool = typer.Option(False, "--stack", help="Record Python stacks too: larger and slower."),
+    flow: bool = typer.Option(False, "--flow", help="Record who writes and reads each tensor, for `trace flow RUN`."),
     procs: int = typer.Option(None, "--procs", min=1, help="Processes on this machine [default: parallel.procs]."),
     ops: int = typer.Option(8, "--ops", min=0, help="Lines of the op table."),
     runs: Path = RUNS_OPTION,
@@ -45,7 +46,7 @@ def profile(
     from ridgeline.profiling import ProfileSpec, profile_target
 
     changes = list(overrides or []) + ([f"parallel.procs={procs}"] if procs is not None else [])
-    spec = ProfileSpec(wait=wait, warmup=warmup, active=steps, with_stack=stack)
+    spec = ProfileSpec(wait=wait, warmup=warmup, active=steps, with_stack=stack, flow=flow)
     if int(os.environ.get("RANK", "0")) != 0:  # under an outer torchrun only rank 0 reads and prints
         from ridgeline.profiling.session import take_steps
 

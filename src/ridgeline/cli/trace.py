@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from ridgeline.cli.common import JSON_OPTION, console, emit, new_app, verb
 from ridgeline.cli.frames import print_frame
+from ridgeline.cli.trace_tables import (
+    load,
+    print_findings,
+    print_flow_findings,
+    print_integrity,
+    print_ranks,
+    print_stragglers,
+    show,
+    since_start,
+)
 from ridgeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -247,6 +256,41 @@ def memory(path: str = PATH, top: int = TOP, as_json: bool = JSON_OPTION) -> Non
 
 @app.command()
 @verb
+def flow(
+    path: str = PATH,
+    execution: Path = typer.Option(
+        None,
+        "--execution-trace",
+        help="torch's ExecutionTraceObserver file, or a folder of them by rank [default: recorded beside the trace].",
+    ),
+    min_bytes: int = typer.Option(1 << 20, "--min-bytes", min=1, help="Smaller tensors are no finding."),
+    rank: int = RANK,
+    top: int = TOP,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Who wrote and who read each tensor: copies for nothing, tensors kept too long, what to recompute instead.
+
+    `ridgeline profile --flow` records what this needs; PATH may also be an execution trace alone.
+    """
+    from ridgeline.profiling.analyses.dataflow import flow_summary
+
+    tensors, findings, why = _flow(path, execution, rank, min_bytes)
+    if as_json:
+        summary = flow_summary(tensors).to_dicts()
+        emit({"summary": summary, "findings": findings.to_dicts(), "tensors": tensors.to_dicts(), "why_not_all": why})
+        return
+    if why:
+        console().print(why, soft_wrap=True)
+    if tensors.is_empty():
+        return
+    show(flow_summary(tensors), "Tensors by role", 100, False)
+    print_flow_findings(findings, top, min_bytes)
+    columns = ["rank", "tensor", "bytes", "role", "written_by", "first_read_by", "last_read_by", "reads"]
+    show(tensors.sort("bytes", descending=True), "The largest tensors", top, False, None, [*columns, "kept_ns"])
+
+
+@app.command()
+@verb
 def whatif(
     path: str = PATH,
     change: list[str] = typer.Option([], "--change", help="no-launch-gap, free-communication, kernel:REGEX=0.5, ..."),
@@ -338,48 +382,26 @@ def report(
         console().print(f"wrote {out}", soft_wrap=True)
 
 
-def load(path: str, stacks: bool = False) -> Trace:
-    """Read with a progress bar; a run's id stands for the traces it holds."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
-    from ridgeline.profiling.trace import Trace
-
-    with Progress(
-        "reading", BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console(True), transient=True
-    ) as bar:
-        task = bar.add_task("read", total=None)
-        trace = Trace.load(
-            located(path), stacks=stacks, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
-        bar.remove_task(task)
-    return trace
-
-
-def located(path: str) -> str:
-    """A path or glob as it is; a run (id, folder, or ``latest``) as the folder of its traces."""
-    folder = Path(path)
-    if (folder / "run.json").is_file():
-        return str(folder / "artifacts" / "traces")
-    if folder.exists() or any(sign in path for sign in "*?[") or "/" in path or "." in path:
-        return path
-    from ridgeline.profiling.session import TRACES
-    from ridgeline.runs import Run
-
-    return str(Run.open(path).path / "artifacts" / TRACES)
-
-
-def since_start(trace: Trace, frame: pl.DataFrame) -> pl.DataFrame:
-    """Moments of a rank's clock as time since its first event, for people."""
-    import polars as pl
-
-    begun = {rank: int(table.start.min()) for rank, table in trace.tables.items()}
-    moments = [name for name in ("start_ns", "end_ns", "time_ns") if name in frame.columns]
-    zero = pl.col("rank").replace_strict(begun, return_dtype=pl.Int64)
-    return frame.with_columns([pl.col(name) - zero for name in moments])
-
-
 def _first(trace: Trace) -> TraceTable:
     return next(iter(trace.tables.values()))
+
+
+def _flow(
+    path: str, execution: Path | None, rank: int | None, least: int
+) -> tuple[pl.DataFrame, pl.DataFrame, str | None]:
+    """Tensors, findings, and what is missing to know more."""
+    from ridgeline.profiling.analyses.execution import is_execution_trace, load_execution_trace
+
+    if Path(path).is_file() and is_execution_trace(path):
+        from ridgeline.profiling.analyses.dataflow import tensor_flow
+        from ridgeline.profiling.analyses.flow_findings import flow_findings
+
+        nodes = load_execution_trace(path)
+        why = "times and releases are not known: give the profiler's trace, with this file as --execution-trace"
+        return tensor_flow(nodes), flow_findings(nodes, min_bytes=least), why
+    trace = load(path).only(rank)
+    found = trace.tensor_flow(execution), trace.flow_findings(execution, min_bytes=least)
+    return *found, trace.why_no_flow(execution)
 
 
 def _snapshot(path: str, top: int, as_json: bool) -> None:
@@ -395,67 +417,3 @@ def _snapshot(path: str, top: int, as_json: bool) -> None:
     show(peak, "What the peak is made of", top, False, why_no_history(found) or "no allocation")
     for sentence in report.sentences if report else ():
         console().print(f"- {sentence}", soft_wrap=True)
-
-
-def print_stragglers(trace: Trace, step: int | None) -> None:
-    """Who made others wait, or that nobody did, or why nobody can say."""
-    found = trace.straggler_verdict(step)
-    if not found.frame.is_empty():
-        columns = ["rank", "caused_wait_ns", "count", "matched", "per_step_ns", "op", "operator", "evidence"]
-        print_frame(found.frame, "Ranks that made others wait", columns)
-    if len(trace.tables) > 1 or not found.possible:
-        console().print(found.verdict, soft_wrap=True)
-
-
-def print_integrity(defects: Sequence[dict[str, Any]]) -> None:
-    """The head of every report."""
-    out = console()
-    if not defects:
-        out.print("integrity: nothing is missing", style="dim")
-    for one in defects:
-        where = "" if one["rank"] is None else f"rank {one['rank']}: "
-        unsafe = f" [yellow]unsafe: {', '.join(one['unsafe'])}[/yellow]" if one["unsafe"] else ""
-        out.print(f"integrity: {where}{one['message']}{unsafe}", soft_wrap=True)
-
-
-def print_ranks(rows: Sequence[dict[str, Any]], step: int | None) -> None:
-    """One line per rank; copies, unknown work and kernels only where there are any."""
-    import polars as pl
-
-    frame = pl.DataFrame(rows, infer_schema_length=None)
-    empty = [name for name in ("memory_ns", "unknown_ns", "kernel_count") if not frame[name].sum()]
-    shown = {"exposed_communication_ns": "exposed_ns", "overlap_fraction": "hidden_share", "kernel_count": "kernels"}
-    title = f"Where the time went, {'the whole capture' if step is None else f'step {step}'}"
-    print_frame(frame.drop(empty).rename({k: v for k, v in shown.items() if k not in empty}), title)
-
-
-def print_findings(findings: Sequence[dict[str, Any]], top: int) -> None:
-    """Ranked, each with evidence and knob."""
-    out = console()
-    if not findings:
-        out.print("no finding: nothing we know is predicted to save time")
-    for at, one in enumerate(findings[:top], 1):
-        low, high = one["gain_seconds"]
-        knob = f" Try {one['knob']}: saves {low:.4f} to {high:.4f} s {one['per']}." if one["knob"] else " No knob."
-        unsafe = f" [yellow]Unsafe: {', '.join(one['unsafe'])}.[/yellow]" if one["unsafe"] else ""
-        out.print(
-            f"{at}. [bold]{one['title']}[/bold]: {one['seconds']:.4f} s {one['per']}.{knob}{unsafe}", soft_wrap=True
-        )
-        out.print(f"   {one['evidence']}", style="dim", soft_wrap=True)
-
-
-def show(
-    frame: pl.DataFrame,
-    title: str,
-    top: int,
-    as_json: bool,
-    why: str | None = None,
-    columns: Sequence[str] | None = None,
-) -> None:
-    """A frame as a table or as rows; an empty one with the reason."""
-    if as_json:
-        emit({"rows": frame.to_dicts(), "why_empty": why if frame.is_empty() else None})
-    elif frame.is_empty():
-        console().print(why or "nothing to show")
-    else:
-        print_frame(frame, title, columns, top)

@@ -7,6 +7,9 @@
             ...                     # one step
             profiler.step()
 
+With ``ProfileSpec(flow=True)`` torch's execution trace of the same steps lies beside it, in ``execution/``: it tells which
+operator wrote and which read each tensor (:mod:`ridgeline.profiling.analyses.dataflow`).
+
 Of the steps, the first ``wait`` run untraced (all but the very first are timed, so that the report can say what
 tracing itself costs), ``warmup`` run traced and are thrown away, ``active`` are kept. The rest run untraced.
 """
@@ -30,12 +33,14 @@ from typing import Any
 
 from ridgeline.errors import JobError, UserError
 
+EXECUTION = "execution"
+"""Folder of the ranks' execution traces, beside their traces."""
 GZIP_LEVEL = 3  # a third of the default's time for a tenth more bytes
 
 
 @dataclass(frozen=True)
 class ProfileSpec:
-    """Which steps to record, and in what detail.
+    """Which steps to record, and in what detail. ``flow`` records data flow: an execution trace, and memory events.
 
     Raises:
         UserError: a negative count, or no step to record.
@@ -46,6 +51,7 @@ class ProfileSpec:
     active: int = 3
     with_stack: bool = False
     record_shapes: bool = True
+    flow: bool = False
 
     def __post_init__(self) -> None:
         for name in ("wait", "warmup"):
@@ -81,10 +87,12 @@ class StepProfiler:
     ) -> None:
         self.spec = spec
         self.path = Path(folder) / f"rank{rank}.json.gz"
+        self.execution_path = Path(folder) / EXECUTION / self.path.name
         self.rank = rank
         self.world = world
         self.fingerprint = fingerprint
         self._profiler: Any = None
+        self._observer: Any = None
         self._steps = 0
         self._begun = 0.0
         self._untraced: list[float] = []
@@ -97,10 +105,12 @@ class StepProfiler:
 
     def __enter__(self) -> StepProfiler:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.unlink(missing_ok=True)  # a stale trace must not pass for this capture
-        self._profiler = _make_profiler(self.spec, self._write)
-        self._describe()
+        for stale in (self.path, self.execution_path):  # must not pass for this capture
+            stale.unlink(missing_ok=True)
         with without_noise():
+            self._observer = _observe(self.execution_path) if self.spec.flow else None
+            self._profiler = _make_profiler(self.spec, self._write, self._observer)
+            self._describe()
             self._profiler.start()
         self._begun = time.perf_counter()
         return self
@@ -142,8 +152,27 @@ class StepProfiler:
 
     def _stop(self) -> None:
         profiler, self._profiler = self._profiler, None
-        if profiler is not None:
+        if profiler is None:
+            return
+        try:
             profiler.stop()
+        finally:
+            self._keep_execution()
+
+    def _keep_execution(self) -> None:
+        """End the execution trace and keep it where the trace itself was kept."""
+        observer, self._observer = self._observer, None
+        if observer is None:
+            return
+        observer.cleanup()
+        plain = Path(observer.get_output_file_path())
+        try:
+            if self.path.is_file():
+                _pack(plain, self.execution_path)
+        finally:
+            plain.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another rank's may lie there
+                self.execution_path.parent.rmdir()
 
     def _describe(self) -> None:
         """What the reader should know; only what is set when recording starts reaches the file."""
@@ -162,19 +191,47 @@ class StepProfiler:
         if self._discard:
             return
         plain = self.path.with_name(f".{self.path.name}.{os.getpid()}.json")
-        packed = self.path.with_name(f".{self.path.name}.{os.getpid()}.gz")
         try:
             profiler.export_chrome_trace(str(plain))
-            _compress(plain, packed)
-            os.replace(packed, self.path)
-        except OSError as error:
-            raise JobError(f"profile: cannot write {self.path}: {error.strerror or error}") from None
+            _pack(plain, self.path)
         finally:
             plain.unlink(missing_ok=True)
-            packed.unlink(missing_ok=True)
 
 
-def _make_profiler(spec: ProfileSpec, on_trace_ready: Any) -> Any:
+def _pack(plain: Path, path: Path) -> None:
+    """``plain`` compressed as ``path``, under a temporary name first.
+
+    Raises:
+        JobError: the disk refused.
+    """
+    packed = path.with_name(f".{path.name}.{os.getpid()}.gz")
+    try:
+        _compress(plain, packed)
+        os.replace(packed, path)
+    except OSError as error:
+        raise JobError(f"profile: cannot write {path}: {error.strerror or error}") from None
+    finally:
+        packed.unlink(missing_ok=True)
+
+
+def _observe(path: Path) -> Any:
+    """torch's observer of the execution, writing beside ``path`` under a hidden name.
+
+    Raises:
+        JobError: the process has one already; torch allows one.
+    """
+    from torch.profiler import ExecutionTraceObserver
+
+    path.parent.mkdir(exist_ok=True)
+    plain = path.with_name(f".{path.name}.{os.getpid()}.json")
+    observer = ExecutionTraceObserver().register_callback(str(plain))
+    if not plain.is_file():  # torch says it took ours also when it kept the other
+        observer._registered = False  # or it would end the other one when it is collected
+        raise JobError("profile: another ExecutionTraceObserver is registered in this process, and torch allows one")
+    return observer
+
+
+def _make_profiler(spec: ProfileSpec, on_trace_ready: Any, observer: Any = None) -> Any:
     import torch
     from torch._C._profiler import _ExperimentalConfig
     from torch.profiler import ProfilerActivity, profile, schedule
@@ -192,6 +249,8 @@ def _make_profiler(spec: ProfileSpec, on_trace_ready: Any) -> Any:
         on_trace_ready=on_trace_ready,
         record_shapes=spec.record_shapes,
         with_stack=spec.with_stack,
+        profile_memory=spec.flow,
+        execution_trace_observer=observer,
         experimental_config=config,
     )
 
@@ -217,7 +276,7 @@ def _compress(plain: Path, packed: Path) -> None:
             os.fsync(sink.fileno())
 
 
-NOISE = re.compile(rb"USDT:|.*kineto_shim\\.cpp")
+NOISE = re.compile(rb"USDT:|.*(kineto_shim|execution_trace_observer)\.cpp")
 
 
 @contextlib.contextmanager

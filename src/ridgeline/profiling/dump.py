@@ -96,6 +96,8 @@ def frames() -> dict[str, Callable[[Trace], pl.DataFrame]]:
         "memory_timeline": lambda t: t.memory_timeline(),
         "memory_peak": lambda t: t.memory_peak(),
         "memory_allocations": lambda t: t.memory_allocations(),
+        "tensor_flow": lambda t: t.tensor_flow(),
+        "flow_findings": lambda t: t.flow_findings(),
     }
 
 

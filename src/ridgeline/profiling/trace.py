@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,50 @@ class Trace:
     def memory_allocations(self, step: int | None = None) -> pl.DataFrame:
         """Every allocation with its operator, lifetime and category."""
         return self.windowed(analysis("memory").memory_allocations, step)
+
+    def tensor_flow(self, execution: str | Path | None = None, step: int | None = None) -> pl.DataFrame:
+        """Every version of every tensor: who wrote and who read it, its role, how long it was kept.
+
+        ``execution``: torch's execution trace of the rank, or a folder of them with the ranks' names [default: what was
+        recorded beside each rank's trace]. Without one only memory events speak, and readers are null.
+        """
+        nodes = self._executions(execution)
+        frames: list[pl.DataFrame] = [
+            analysis("dataflow")
+            .tensor_flow(nodes.get(rank), table, self.window(rank, step))
+            .select(_rank(rank), pl.all())
+            for rank, table in self.tables.items()
+        ]
+        return pl.concat(frames, how="vertical_relaxed")
+
+    def flow_findings(self, execution: str | Path | None = None, **limits: Any) -> pl.DataFrame:
+        """Copies made for nothing, tensors kept after their last read, recomputation candidates; the most bytes first."""
+        nodes = self._executions(execution)
+        frames: list[pl.DataFrame] = [
+            analysis("flow_findings").flow_findings(nodes.get(rank), table, **limits).select(_rank(rank), pl.all())
+            for rank, table in self.tables.items()
+        ]
+        found: pl.DataFrame = pl.concat(frames, how="vertical_relaxed")
+        return found.sort("bytes", descending=True, maintain_order=True)
+
+    def why_no_flow(self, execution: str | Path | None = None) -> str | None:
+        """What is missing to know the flow of every rank; None when nothing is."""
+        nodes = self._executions(execution)
+        why = [analysis("dataflow").why_empty(nodes.get(rank), table) for rank, table in self.tables.items()]
+        return next((one for one in why if one), None)
+
+    def _executions(self, given: str | Path | None) -> dict[int, Any]:
+        """Nodes of the execution traces by rank, each file read once."""
+        module = analysis("execution")
+        files = module.execution_files({rank: table.meta.source for rank, table in self.tables.items()}, given)
+        return {
+            rank: self.tables[rank].once(f"execution trace {path}", partial(module.load_execution_trace, path))
+            for rank, path in files.items()
+        }
+
+
+def _rank(rank: int) -> pl.Expr:
+    return pl.lit(rank, pl.Int64).alias("rank")
 
 
 def analysis(name: str) -> Any:

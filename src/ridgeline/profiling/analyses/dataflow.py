@@ -52,6 +52,13 @@ COLUMNS = {
         "lifetime_ns": "ns: freed_ns - written_ns",
         "kept_ns": "ns: freed_ns - last_read_ns: held after the last read",
     },
+    "flow_summary": {
+        "role": "text: as in tensor_flow",
+        "tensors": "storages, each life counted once",
+        "versions": "of those tensors: writes, and what was there before the capture",
+        "bytes": "bytes: of those tensors, each at its largest; not all are there at one time",
+        "reads": "operators that read them; null when not known",
+    },
     "flow_findings": {
         "finding": "text: needless copy, kept after last read, or recomputation candidate",
         "operator": "text: operator that made the copy or wrote the tensor",
@@ -108,6 +115,22 @@ def tensor_flow(
     if window is None:
         return frame
     return frame.filter((pl.col("written_ns") >= window[0]) & (pl.col("written_ns") < window[1]))
+
+
+def flow_summary(flow: pl.DataFrame) -> pl.DataFrame:
+    """The rows of :func:`tensor_flow` by role, the most bytes first. Columns: ``COLUMNS``."""
+    life = pl.col("tensor").str.replace(r"\.\d+$", "")
+    each = (
+        flow.with_row_index()
+        .group_by("role", life.fill_null(pl.col("index").cast(pl.String)).alias("life"))
+        .agg(pl.len().cast(pl.Int64).alias("versions"), pl.col("bytes").max(), pl.col("reads").sum(),
+             pl.col("reads").is_not_null().any().alias("known"))
+    )  # fmt: skip
+    known = pl.when(pl.col("known").any()).then(pl.col("reads").sum()).alias("reads")
+    found = each.group_by("role").agg(
+        pl.len().cast(pl.Int64).alias("tensors"), pl.col("versions").sum(), pl.col("bytes").sum(), known
+    )
+    return found.sort("bytes", "role", descending=[True, False])
 
 
 def why_empty(nodes: Sequence[Node] | None, table: TraceTable | None) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ridgeline.errors import UserError
+from ridgeline.profiling.capture import EXECUTION
 
 
 class _Side(msgspec.Struct, gc=False):
@@ -86,6 +87,51 @@ def load_execution_trace(path: str | Path) -> list[Node]:
         raise UserError(f"execution trace {path}: not one of ExecutionTraceObserver's ({error})") from None
     except (OSError, EOFError) as error:
         raise UserError(f"execution trace {path}: cannot be read ({error})") from None
+
+
+def is_execution_trace(path: str | Path) -> bool:
+    """Whether a file begins as an execution trace does, and not as a profiler's trace."""
+    try:
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else open(path, "rb") as file:
+            head = file.read(256)
+    except (OSError, EOFError):
+        return False
+    return head.lstrip().startswith(b"{") and b'"schema"' in head and b'"traceEvents"' not in head
+
+
+def recorded_beside(trace: str | Path) -> Path | None:
+    """The execution trace that was recorded with a profiler's trace: the file of its name in ``execution/``."""
+    found = Path(trace).parent / EXECUTION / Path(trace).name
+    return found if found.is_file() else None
+
+
+def execution_files(traces: Mapping[int, str], given: str | Path | None = None) -> dict[int, Path]:
+    """rank -> its execution trace, for the ranks' trace files.
+
+    ``given``: a file (for one rank), a folder whose files have the traces' names, or None for what was recorded beside
+    them; ranks without one are left out.
+
+    Raises:
+        UserError: nothing there, or one file for several ranks.
+    """
+    if given is None:
+        whole = len(set(traces.values())) == len(traces)  # a merged file has no execution trace of one rank beside it
+        beside = {rank: recorded_beside(trace) for rank, trace in traces.items()} if whole else {}
+        return {rank: path for rank, path in beside.items() if path is not None}
+    path = Path(given)
+    if path.is_dir():
+        inside = {rank: path / Path(trace).name for rank, trace in traces.items()}
+        found = {rank: one for rank, one in inside.items() if one.is_file()}
+        if not found:
+            raise UserError(
+                f"execution trace {path}: holds no file with a trace's name ({next(iter(inside.values())).name})"
+            )
+        return found
+    if len(traces) > 1:
+        raise UserError(f"execution trace {path}: is of one rank, and the trace has {len(traces)}; add --rank")
+    return dict.fromkeys(traces, path)
 
 
 def tensors(side: _Side) -> Iterator[tuple[int, Tensor]]:

@@ -85,7 +85,7 @@ def _kept(frame: pl.DataFrame, min_share: float) -> list[_Row]:
     )
     return [
         ("kept after last read", row["written_by"], row["bytes"],
-         f"{row['bytes']} bytes held {row['kept_ns']} ns after {row['last_read_by']} read them last")
+         f"{row['bytes']} bytes held {row['kept_ns'] / 1e6:.3f} ms after {row['last_read_by']} read them last")
         for row in long.to_dicts()
     ]  # fmt: skip
 
