@@ -11,9 +11,8 @@ import pytest
 from devtools import CHROMIUM, Browser
 from ridgeline.profiling.analyses.temporal import temporal_breakdown
 from ridgeline.profiling.load import load_table
-from ridgeline.profiling.table import Kind, TraceMeta, TraceTable
 from ridgeline.report.trace_page import write_trace_report
-from test_trace_report import everything, small
+from trace_pages import crowd, everything, small
 
 TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"
 READY = "window.__ridgeline && __ridgeline.ready"
@@ -163,7 +162,7 @@ def test_a_finding_shows_its_time_in_the_timeline(page):
 def test_search_counts_marks_and_walks(page):
     page.click_on("#timeline-search")
     page.type("KERNEL")
-    assert page.run("document.getElementById('timeline-count').innerText") == "4 events"
+    assert page.run("document.getElementById('timeline-count').innerText") == "4 events, 700 µs"
     page.key("Enter")
     assert page.run("document.getElementById('timeline-count').innerText") == "1 of 4 events"
     first = details(page).splitlines()[0]
@@ -230,41 +229,6 @@ def test_a_browser_without_decompression_reads_the_same_events(browser, tmp_path
     browser.open(target, "window.__ridgeline && __ridgeline.inflatedBy === 'script' && __ridgeline.ready")
     assert native[0] == "DecompressionStream" and browser.run(sums) == ["script", *native[1:]]
     browser.send("Page.removeScriptToEvaluateOnNewDocument", identifier=script["identifier"])
-
-
-def crowd(count, rank=0):
-    """``count`` events: half kernels on four streams, half operators nested five deep, each kernel launched by one."""
-    rng = np.random.default_rng(rank)
-    half, calls = count // 2, count // 10
-    busy, gap = rng.integers(500, 20_000, half), rng.integers(0, 3_000, half)
-    start = np.cumsum(busy + gap) - busy
-    outer = np.cumsum(rng.integers(2_000, 120_000, calls))
-    inner = np.diff(np.append(outer, outer[-1] + 9_000)) - 100
-    starts = np.concatenate([start, *(outer + d * inner // 12 for d in range(5))])
-    ends = np.concatenate([start + busy, *(outer + inner - d * inner // 12 for d in range(5))])
-    kernel = np.arange(starts.size) < half
-    thread = np.where(kernel, 1 + np.arange(starts.size) % 4, 0)
-    name = np.where(kernel, rng.integers(0, 20, starts.size), rng.integers(20, 60, starts.size))
-    kind = np.where(kernel, Kind.KERNEL, Kind.CPU_OP)
-    innermost = np.arange(starts.size) >= starts.size - calls
-    kind[innermost] = Kind.RUNTIME
-    correlation = np.where(kernel, np.arange(starts.size) % calls, -1)
-    correlation[innermost] = np.arange(calls)
-    order = np.lexsort((name, thread, -ends, starts))
-    return TraceTable(
-        meta=TraceMeta(source="crowd.json", rank=rank),
-        names=tuple(f"kernel_{i}" for i in range(20)) + tuple(f"aten::op_{i}" for i in range(40)),
-        threads=(("1", "1"), *(("0", str(stream)) for stream in (7, 8, 9, 10))),
-        kind=kind[order].astype(np.int8),
-        name=name[order].astype(np.int32),
-        thread=thread[order].astype(np.int32),
-        start=starts[order].astype(np.int64),
-        end=ends[order].astype(np.int64),
-        args=[b""] * starts.size,
-        correlation=correlation[order].astype(np.int64),
-        device=np.where(kernel, 0, -1)[order].astype(np.int32),
-        stream=np.where(kernel, thread + 6, -1)[order].astype(np.int64),
-    )
 
 
 def test_half_a_million_events_draw_in_under_50_ms_at_every_zoom(browser, tmp_path):

@@ -34,6 +34,17 @@ TITLES = {
     "memory": "Memory",
 }
 """Sections in the order of the page."""
+SCRIPTS = (
+    "inflate.js",
+    "data.js",
+    "lookup.js",
+    "draw.js",
+    "arrows.js",
+    "details.js",
+    "measure.js",
+    "timeline.js",
+    "flame.js",
+)
 
 
 def write_trace_report(
@@ -58,6 +69,8 @@ def write_trace_report(
     roofline      {"operators": [operator, input_dims, dtype, flops, device_time_ns, flops_per_second,
                   intensity_flops_per_byte, share_of_ceiling, bound],
                   "ceilings": {gemm_flops_per_second: by dtype, read_bytes_per_second, source}}
+    collectives   match, rank, start_ns, end_ns, waiting_ns, last, complete: arrows in the timeline from the rank that came
+                  last to those that waited
     memory        {"timeline": [rank, device, time_ns, and <category>_bytes for each category],
                   "peak": [rank, device, category, operator, where, count, bytes, share]}
     ============= =====================================================================================================
@@ -74,7 +87,7 @@ def write_trace_report(
     if not tables:
         raise UserError("trace report: no timed event in any of the traces")
     tables = [table for _, table in sorted(enumerate(tables), key=lambda pair: (rank_of(pair[1], pair[0]), pair[0]))]
-    packed = pack(tables, sections.get("critical_path") or (), limit)
+    packed = pack(tables, sections.get("critical_path") or (), limit, sections.get("collectives") or ())
     built = (_build(name, sections, packed) for name in TITLES)
     present = [section for section in built if section is not None]
     contents = "".join(f'<a href="#{esc(one.anchor)}">{esc(one.title)}</a>' for one in present if one.anchor)
@@ -117,18 +130,20 @@ def _build(name: str, sections: Mapping[str, Any], packed: Packed) -> Section | 
 
 
 def _timeline(packed: Packed) -> Section:
-    notes = [packed.header["note"]] if packed.header["note"] else []
+    notes = list(packed.notes)
     if packed.shown < packed.total:
         left = packed.total - packed.shown
-        notes.append(
+        notes.insert(
+            0,
             f"{number(left)} events shorter than {seconds(packed.cut_ns / 1e9)} are not drawn and not searched, to keep "
-            "the page quick."
+            "the page quick.",
         )
     lead = "Threads above, the device's streams below. Scroll to zoom once the timeline is clicked, drag to move."
     if notes:
         lead += " <strong>" + esc(" ".join(notes)) + "</strong>"
     data = f'<script type="application/json" id="trace-header">{_json(packed.header)}</script>'
-    data += f'<script type="text/plain" id="trace-block">{packed.block}</script>'
+    for name, text in (("block", packed.block), ("texts", packed.texts)):
+        data += f'<script type="text/plain" id="trace-{name}">{text}</script>'
     return Section("Timeline", lead, _asset("timeline.html") + data, "timeline")
 
 
@@ -145,7 +160,7 @@ def _json(value: Any) -> str:
 
 
 def _scripts() -> str:
-    return "\n".join(_asset(name) for name in ("data.js", "draw.js", "timeline.js", "flame.js"))
+    return "\n".join(_asset(name) for name in SCRIPTS)
 
 
 def _asset(name: str) -> str:

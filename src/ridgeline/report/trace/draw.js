@@ -22,6 +22,8 @@ class Painter {
     this.high = data.header.span;
     this.scroll = 0;
     this.selected = -1;
+    this.arrows = [];
+    this.span = null;
     this.matched = null;
     this.briefs = [];
     this.context.font = FONT;
@@ -84,6 +86,7 @@ class Painter {
     this.steps();
     this.selection();
     this.ruler();
+    this.measured();
     const spent = performance.now() - began;
     page.draws.push(spent);
     if (page.draws.length > 1000) page.draws.shift();
@@ -131,7 +134,7 @@ class Painter {
       c.fillStyle = lane.rows > 1 ? "#5b6776" : "#c3ccd6";
       triangle(c, 10, y + 8, lane.open && lane.rows > 1);
       c.fillStyle = "#1b2430";
-      c.fillText(fit(lane.label, this.gutter - 26, this.letter), 20, y + 8);
+      c.fillText(ends(lane.label, this.gutter - 26, this.letter), 20, y + 8);
     }
     c.fillStyle = "#dde3ea";
     c.fillRect(this.gutter - 1, RULER, 1, this.height);
@@ -247,32 +250,42 @@ class Painter {
     }
   }
 
-  // A frame around the chosen event, and a curve to the event it launched or was launched by.
+  // A frame around the chosen event, its arrows, and frames around what they lead to.
   selection() {
     if (this.selected < 0) return;
-    const c = this.context, { partner, launches } = this.data;
-    const other = partner[this.selected] >= 0 ? partner[this.selected] : launches[this.selected];
+    const c = this.context;
     c.save();
     c.beginPath();
     c.rect(this.gutter, RULER, this.width - this.gutter, this.height - RULER);
     c.clip();
-    const mine = this.place(this.selected);
-    c.lineWidth = 2;
-    if (other >= 0) {
-      const there = this.place(other);
-      c.strokeStyle = "#c4314b";
-      c.strokeRect(there.x, there.y - 0.5, there.width, ROW - 1);
-      const [a, b] = [Math.min(Math.max(mine.x, -1e4), 1e5), Math.min(Math.max(there.x, -1e4), 1e5)];
-      c.lineWidth = 1.2;
-      c.beginPath();
-      c.moveTo(a, mine.y + ROW / 2);
-      c.bezierCurveTo((a + b) / 2, mine.y, (a + b) / 2, there.y, b, there.y + ROW / 2);
-      c.stroke();
-      c.lineWidth = 2;
-    }
-    c.strokeStyle = "#1b2430";
-    c.strokeRect(mine.x, mine.y - 0.5, mine.width, ROW - 1);
+    for (const arrow of this.arrows) drawArrow(this, arrow, this.selected);
+    this.frame(this.selected, "#1b2430", 2);
     c.restore();
+  }
+
+  frame(i, colour, width) {
+    const { x, y, width: wide } = this.place(i);
+    this.context.lineWidth = width;
+    this.context.strokeStyle = colour;
+    this.context.strokeRect(x, y - 0.5, wide, ROW - 1);
+  }
+
+  // The measured span: what lies outside of it is veiled, its length stands in the ruler.
+  measured() {
+    if (!this.span) return;
+    const c = this.context, left = Math.max(this.x(this.span.low), this.gutter), right = Math.min(this.x(this.span.high), this.width);
+    c.fillStyle = "rgba(27,36,48,.10)";
+    if (left > this.gutter) c.fillRect(this.gutter, RULER, Math.min(left, this.width) - this.gutter, this.height);
+    if (right < this.width) c.fillRect(Math.max(right, this.gutter), RULER, this.width, this.height);
+    c.fillStyle = "#0b6bcb";
+    for (const x of [this.x(this.span.low), this.x(this.span.high)]) if (x >= this.gutter && x <= this.width) c.fillRect(Math.round(x) - 1, 0, 2, this.height);
+    if (right <= left) return;
+    c.fillRect(left, 0, right - left, 4);
+    const text = duration(this.span.high - this.span.low), wide = text.length * this.letter + 12;
+    const at = Math.min(Math.max((left + right - wide) / 2, this.gutter), this.width - wide);
+    c.fillRect(at, 4, wide, RULER - 6);
+    c.fillStyle = "#ffffff";
+    c.fillText(text, at + 6, 14);
   }
 
   // Where an event is on the canvas. In a closed lane it is drawn on the lane's only row.
@@ -314,87 +327,14 @@ class Painter {
     return -1;
   }
 
+  // The lanes of which something lies between two heights.
+  lanesBetween(top, bottom) {
+    const y = band => band.y - this.scroll + RULER;
+    return new Set(this.bands.filter(band => band.lane && y(band) < bottom && y(band) + band.height > top).map(band => band.lane));
+  }
+
   laneAt(y) {
     const found = this.bands.find(band => band.lane && y >= band.y - this.scroll + RULER && y < band.y + band.height - this.scroll + RULER);
     return y > RULER && found ? found.lane : null;
   }
-}
-
-function triangle(c, x, y, open) {
-  c.beginPath();
-  if (open) { c.moveTo(x - 4, y - 2); c.lineTo(x + 4, y - 2); c.lineTo(x, y + 3); }
-  else { c.moveTo(x - 2, y - 4); c.lineTo(x - 2, y + 4); c.lineTo(x + 3, y); }
-  c.fill();
-}
-
-function brief(name) {
-  if (!name.includes("::")) return name.replace(/^void /, "");
-  const head = name.replace(/^void /, "").replace(/\(anonymous namespace\)::/g, "").split(/[<(]/)[0];
-  return head.split("::").filter(Boolean).pop() || name;
-}
-
-function fit(text, room, letter) {
-  const most = Math.floor(room / letter);
-  return text.length <= most ? text : most < 3 ? text.slice(0, Math.max(most, 0)) : text.slice(0, most - 1) + "…";
-}
-
-// The first index in [low, high) whose value is at least the one asked for.
-function lower(values, low, high, asked) {
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (values[middle] < asked) low = middle + 1;
-    else high = middle;
-  }
-  return low;
-}
-
-function gallop(values, from, stop, asked) {
-  let step = 1, at = from;
-  while (at < stop && values[at] < asked) {
-    from = at + 1;
-    at += step;
-    step *= 2;
-  }
-  return lower(values, from, Math.min(at, stop), asked);
-}
-
-function firstEnding(data, first, last, time) {
-  const at = lower(data.start, first, last, time);
-  return at > first && data.end[at - 1] > time ? at - 1 : at;
-}
-
-function nearest(data, row, time, slack) {
-  const first = data.rowFirst[row], last = data.rowFirst[row + 1];
-  const at = lower(data.start, first, last, time);
-  let best = -1, least = slack;
-  for (let i = Math.max(first, at - 1); i < Math.min(last, at + 1); i++) {
-    const away = time < data.start[i] ? data.start[i] - time : Math.max(0, time - data.end[i]);
-    if (away <= least) {
-      best = i;
-      least = away;
-    }
-  }
-  return best;
-}
-
-function rowOf(data, i) {
-  let low = 0, high = data.rowFirst.length - 1;
-  while (high - low > 1) {
-    const middle = (low + high) >> 1;
-    if (data.rowFirst[middle] <= i) low = middle;
-    else high = middle;
-  }
-  while (data.rowFirst[low + 1] === i) low++;
-  return low;
-}
-
-// Round times, about one per 110 pixels, labelled in one unit with just enough digits.
-function ticks(low, high, width) {
-  const rough = (high - low) * 110 / width, power = 10 ** Math.floor(Math.log10(rough));
-  const step = Math.max(1, power * [1, 2, 5, 10].find(k => k * power >= rough * 0.999));
-  const [unit, scale] = high < 1e4 ? ["ns", 1] : high < 1e7 ? ["µs", 1e3] : high < 1e10 ? ["ms", 1e6] : ["s", 1e9];
-  const digits = Math.max(0, -Math.floor(Math.log10(step / scale) + 1e-9));
-  const out = [];
-  for (let k = Math.ceil(low / step); k * step <= high; k++) out.push({ time: k * step, label: `${(k * step / scale).toFixed(digits)} ${unit}` });
-  return out;
 }

@@ -1,30 +1,23 @@
-"""Events of all ranks as one small binary block that a browser turns into typed arrays.
-
-Events are ordered by rank, lane (a thread or a stream), row (nesting depth) and start. No two events of a row overlap,
-so a row's starts and its ends are both sorted, and the page finds what is visible by binary search::
-
-    lane    thread 12    row 0   [aten::linear--------)   [aten::relu--)
-                         row 1      [aten::addmm--)
-    coded                        start deltas, durations, name codes, partners: LEB128; roles: one byte each
-
-The five streams follow one another, are deflated together and written as base64. Times are ns from the page's origin,
-exact in the browser up to 2**53 ns (104 days).
+"""A page's timeline: which events of which ranks are drawn in which lane and row, what they were called with, and the
+arrows between them. :mod:`ridgeline.report.trace.encode` says how they are written.
 """
 
 from __future__ import annotations
 
-import base64
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ridgeline.profiling import classify
-from ridgeline.profiling.nesting import nest
+from ridgeline.profiling.analyses.calltree import forward_rows
+from ridgeline.profiling.nesting import nest, operators
 from ridgeline.profiling.table import Kind, Mask, TraceTable
+from ridgeline.report.trace import arguments, arrows
+from ridgeline.report.trace.encode import RankEvents, deflate, encode
 from ridgeline.report.trace.lanes import Lane, find_lanes
 from ridgeline.report.trace.path import GAP, Segments, on_path, segment_name, segment_role
 
@@ -54,15 +47,18 @@ CRITICAL = 128
 
 @dataclass(frozen=True)
 class Packed:
-    """``header`` is plain JSON; ``block`` is base64 text. ``shown`` events of ``total``, none shorter than ``cut_ns``.
-    ``origins`` gives each rank's zero of the time line, ns of its clock."""
+    """``header`` is plain JSON; ``block`` (the events) and ``texts`` (names and arguments as JSON) are deflated base64.
+    ``shown`` events of ``total``, none shorter than ``cut_ns``. ``origins`` gives each rank's zero of the time line, ns
+    of its clock. ``notes`` are sentences that the reader should know."""
 
     header: dict[str, Any]
     block: str
+    texts: str
     origins: dict[int, int]
     shown: int
     total: int
     cut_ns: int
+    notes: list[str]
 
     @property
     def on_device(self) -> bool:
@@ -70,45 +66,54 @@ class Packed:
         return any(lane["kind"] == "stream" for rank in self.header["ranks"] for lane in rank["lanes"])
 
 
-@dataclass(frozen=True)
-class _Rank:
-    """One rank's events in page order; arrays are ``[events]``. ``start`` is ns from the origin, ``name`` a code into
-    ``names``, ``partner`` a position in this order or -1."""
-
-    label: str
-    lanes: list[Lane]
-    steps: list[list[Any]]
-    names: Sequence[str]
-    lane: NDArray[np.int64]
-    depth: NDArray[np.int64]
-    start: NDArray[np.int64]
-    duration: NDArray[np.int64]
-    name: NDArray[np.int64]
-    role: NDArray[np.uint8]
-    partner: NDArray[np.int64]
-
-
-def pack(tables: Sequence[TraceTable], critical: Segments = (), limit: int = MAX_EVENTS) -> Packed:
+def pack(
+    tables: Sequence[TraceTable],
+    critical: Segments = (),
+    limit: int = MAX_EVENTS,
+    collectives: Sequence[Mapping[str, Any]] = (),
+) -> Packed:
     """Pack the events of ``tables`` (at least one, none empty).
 
     ``critical`` are the critical path's segments: ``start_ns``, ``end_ns``, ``type``, ``name``, ``row`` (of the table),
-    ``rank``; the last two may be absent.
+    ``rank``; the last two may be absent. ``collectives`` are rows of ``match_collectives``.
     """
     total = sum(len(table) for table in tables)
     cut = _shortest_shown(tables, limit)
-    shared = min(int(table.start.min()) for table in tables)
-    origins, note = _origins(tables, shared)
+    numbers = [rank_of(table, at) for at, table in enumerate(tables)]
+    origins, note = _origins(tables, min(int(table.start.min()) for table in tables))
     ranks = [
-        _arrange(table, rank_label(table, at), origin, cut, _of_rank(critical, rank_of(table, at)))
-        for at, (table, origin) in enumerate(zip(tables, origins, strict=True))
+        _arrange(table, rank_label(table, at), origin, cut, _of_rank(critical, rank))
+        for at, (table, origin, rank) in enumerate(zip(tables, origins, numbers, strict=True))
     ]
     codes, names = _names(ranks)
-    header, block = _encode(ranks, codes)
-    shown = sum(int(((one.role & SEGMENT) == 0).sum()) for one in ranks)
-    header |= {"names": names, "roles": list(ROLES), "note": note}
+    used = arguments.gather(tables, [one.row for one in ranks])
+    header, block = encode(ranks, codes, used.codes)
+    found, missing = _arrows(tables, ranks, critical, collectives)
+    header |= found | {"roles": list(ROLES)}
     header["span"] = max(int(t.end.max()) - o for t, o in zip(tables, origins, strict=True))
-    zeros = {rank_of(table, at): origin for at, (table, origin) in enumerate(zip(tables, origins, strict=True))}
-    return Packed(header, block, zeros, shown, total, cut)
+    shown = sum(int(((one.role & SEGMENT) == 0).sum()) for one in ranks)
+    notes = [one for one in (note, used.note, f"{missing:,} arrows are left out." if missing else "") if one]
+    texts = deflate(msgspec.json.encode({"names": names, "sets": [msgspec.Raw(one.encode()) for one in used.sets]}))
+    return Packed(header, block, texts, dict(zip(numbers, origins, strict=True)), shown, total, cut, notes)
+
+
+def _arrows(
+    tables: Sequence[TraceTable],
+    ranks: Sequence[RankEvents],
+    critical: Segments,
+    collectives: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, Any], int]:
+    """The header's arrows, and how many of them are left out. Of tables that claim one rank the first has it."""
+    known: dict[int, TraceTable] = {}
+    places, before = {}, 0
+    for at, (table, one) in enumerate(zip(tables, ranks, strict=True)):
+        rank = rank_of(table, at)
+        if rank not in known:
+            events = np.flatnonzero(one.row >= 0)
+            known[rank], places[rank] = table, np.full(len(table), -1, np.int64)
+            places[rank][one.row[events]] = before + events
+        before += one.row.size
+    return arrows.place([*arrows.crossings(critical, known), *arrows.waits(collectives, known)], places)
 
 
 def rank_of(table: TraceTable, position: int) -> int:
@@ -144,24 +149,21 @@ def _shortest_shown(tables: Sequence[TraceTable], limit: int) -> int:
     return int(np.partition(spans, spans.size - limit)[spans.size - limit]) + 1
 
 
-def _arrange(table: TraceTable, label: str, origin: int, cut: int, critical: Segments) -> _Rank:
+def _arrange(table: TraceTable, label: str, origin: int, cut: int, critical: Segments) -> RankEvents:
     lanes = find_lanes(table)
     lane_of, depth = _places(table, lanes, np.maximum(table.duration, 0) >= cut)
     rows = np.flatnonzero(lane_of >= 0)
     rows = rows[np.lexsort((table.start[rows], depth[rows], lane_of[rows]))]
-    launched = classify.launches(table)
+    launched, made_by = classify.launches(table), _forward(table)
     place = np.full(len(table) + 1, -1, np.int64)  # the last entry answers for -1
     place[rows] = np.arange(rows.size)
     role = roles(table, launched)
     role[on_path(table, critical)] |= CRITICAL
-    steps = classify.step_rows(table)
-    rank = _Rank(
+    partner = place[launched[rows]]
+    rank = RankEvents(
         label=label,
         lanes=lanes,
-        steps=[
-            [table.names[code], int(low) - origin, int(high) - origin]
-            for code, low, high in zip(table.name[steps], table.start[steps], table.end[steps], strict=True)
-        ],
+        steps=_steps(table, origin),
         names=table.names,
         lane=lane_of[rows],
         depth=depth[rows],
@@ -169,9 +171,24 @@ def _arrange(table: TraceTable, label: str, origin: int, cut: int, critical: Seg
         duration=np.maximum(table.duration[rows], 0),
         name=table.name[rows].astype(np.int64),
         role=role[rows],
-        partner=place[launched[rows]],
+        partner=partner,
+        forward=place[made_by[rows]],
+        correlation=np.where(partner < 0, table.correlation[rows], -1),  # a launched event has its call's
+        row=rows,
     )
     return _with_path(rank, critical, origin)
+
+
+def _forward(table: TraceTable) -> NDArray[np.intp]:
+    """For every row the operator whose backward it is, or -1. ``[rows]``"""
+    return forward_rows(operators(table)) if len(table.links) else np.full(len(table), -1, np.intp)
+
+
+def _steps(table: TraceTable, origin: int) -> list[list[Any]]:
+    """[name, start, end] of each step, ns from the origin."""
+    steps = classify.step_rows(table)
+    times = zip(table.name[steps].tolist(), table.start[steps].tolist(), table.end[steps].tolist(), strict=True)
+    return [[table.names[code], low - origin, high - origin] for code, low, high in times]
 
 
 def _places(table: TraceTable, lanes: Sequence[Lane], keep: Mask) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -187,7 +204,7 @@ def _places(table: TraceTable, lanes: Sequence[Lane], keep: Mask) -> tuple[NDArr
     return lane_of, depth
 
 
-def _with_path(rank: _Rank, critical: Segments, origin: int) -> _Rank:
+def _with_path(rank: RankEvents, critical: Segments, origin: int) -> RankEvents:
     """The rank with the critical path's segments as a lane above the others."""
     timed = sorted((int(one["start_ns"]), int(one["end_ns"]), at) for at, one in enumerate(critical))
     timed = [one for one in timed if one[1] > one[0] >= origin]
@@ -201,6 +218,7 @@ def _with_path(rank: _Rank, critical: Segments, origin: int) -> _Rank:
     order, here = np.argsort(depth, kind="stable"), start.size
     name = np.array([codes[segment_name(one)] for one in ordered], np.int64)
     role = np.array([ROLES.index(segment_role(one)) | SEGMENT for one in ordered], np.uint8)
+    none = np.full(here, -1, np.int64)
     return replace(
         rank,
         lanes=[Lane("critical path", "lane", -1, False), *rank.lanes],
@@ -211,7 +229,10 @@ def _with_path(rank: _Rank, critical: Segments, origin: int) -> _Rank:
         duration=np.concatenate(((end - start)[order], rank.duration)),
         name=np.concatenate((name[order], rank.name)),
         role=np.concatenate((role[order], rank.role)),
-        partner=np.concatenate((np.full(here, -1), np.where(rank.partner < 0, -1, rank.partner + here))),
+        partner=np.concatenate((none, np.where(rank.partner < 0, -1, rank.partner + here))),
+        forward=np.concatenate((none, np.where(rank.forward < 0, -1, rank.forward + here))),
+        correlation=np.concatenate((none, rank.correlation)),
+        row=np.concatenate((none, rank.row)),
     )
 
 
@@ -250,7 +271,7 @@ def roles(table: TraceTable, launched: NDArray[np.intp]) -> NDArray[np.uint8]:
     return role
 
 
-def _names(ranks: Sequence[_Rank]) -> tuple[list[NDArray[np.int64]], list[str]]:
+def _names(ranks: Sequence[RankEvents]) -> tuple[list[NDArray[np.int64]], list[str]]:
     """(per rank: its name code -> the page's code, the page's names)."""
     seen: dict[str, int] = {}
     codes = []
@@ -260,55 +281,3 @@ def _names(ranks: Sequence[_Rank]) -> tuple[list[NDArray[np.int64]], list[str]]:
             mine[code] = seen.setdefault(rank.names[code], len(seen))
         codes.append(mine)
     return codes, list(seen)
-
-
-def _encode(ranks: Sequence[_Rank], codes: Sequence[NDArray[np.int64]]) -> tuple[dict[str, Any], str]:
-    streams: dict[str, list[NDArray[np.int64]]] = {"start": [], "duration": [], "name": [], "partner": []}
-    described = []
-    for rank, code in zip(ranks, codes, strict=True):
-        start = rank.start
-        first = np.concatenate(([True], (np.diff(rank.lane) != 0) | (np.diff(rank.depth) != 0)))[: start.size]
-        before = np.concatenate(([0], start[:-1]))[: start.size]
-        streams["start"].append(np.where(first, start, start - before))
-        streams["duration"].append(rank.duration)
-        streams["name"].append(code[rank.name])
-        away = rank.partner - np.arange(start.size)
-        streams["partner"].append(np.where(rank.partner < 0, 0, 1 + np.where(away < 0, -2 * away - 1, 2 * away)))
-        described.append(_describe(rank, np.flatnonzero(first)))
-    parts = {name: varint(np.concatenate(values)) for name, values in streams.items()}
-    parts["role"] = np.concatenate([rank.role for rank in ranks]).tobytes()
-    header = {
-        "count": len(parts["role"]),
-        "sizes": {name: len(data) for name, data in parts.items()},
-        "ranks": described,
-    }
-    return header, base64.b64encode(zlib.compress(b"".join(parts.values()), 6)).decode()
-
-
-def _describe(rank: _Rank, firsts: NDArray[np.intp]) -> dict[str, Any]:
-    """A rank's lanes, each with its rows as event counts (an empty row counts 0), and its step markers."""
-    counts = np.diff(np.append(firsts, rank.start.size))
-    rows: list[list[int]] = [[] for _ in rank.lanes]
-    for at, count in zip(firsts.tolist(), counts.tolist(), strict=True):
-        mine, depth = rows[int(rank.lane[at])], int(rank.depth[at])
-        mine += [0] * (depth - len(mine)) + [count]
-    return {
-        "label": rank.label,
-        "lanes": [{"label": one.label, "kind": one.kind, "rows": r} for one, r in zip(rank.lanes, rows, strict=True)],
-        "steps": rank.steps,
-    }
-
-
-def varint(values: NDArray[np.int64]) -> bytes:
-    """Unsigned LEB128 of non-negative values, without a loop over them."""
-    rest = values.astype(np.uint64)
-    length = np.ones(rest.size, np.int64)
-    for bits in range(7, 64, 7):
-        length += rest >= np.uint64(1 << bits)
-    offset = np.cumsum(length) - length
-    out = np.empty(int(length.sum()), np.uint8)
-    for at in range(int(length.max(initial=0))):
-        has = length > at
-        piece = (rest[has] >> np.uint64(7 * at)) & np.uint64(127)
-        out[offset[has] + at] = piece | np.where(length[has] > at + 1, 128, 0).astype(np.uint64)
-    return out.tobytes()

@@ -1,5 +1,5 @@
 "use strict";
-// Moving about the timeline: wheel, pinch, drag, keys, buttons; choosing an event; searching.
+// Moving about the timeline: wheel, pinch, drag, keys, buttons; choosing an event, measuring, searching; the address.
 const LEAST = 20; // ns: the narrowest view
 
 class Timeline {
@@ -16,8 +16,10 @@ class Timeline {
     this.painter = new Painter(this.canvas, data);
     this.pointers = new Map();
     this.instances = null;
+    this.measuring = false;
     this.bind();
     this.resize();
+    this.follow();
   }
 
   bind() {
@@ -38,9 +40,11 @@ class Timeline {
     const acts = {
       "zoom-in": () => this.zoom(0.5), "zoom-out": () => this.zoom(2), left: () => this.pan(-0.25), right: () => this.pan(0.25),
       fit: () => this.show(0, this.data.header.span), previous: () => this.next(-1), next: () => this.next(1), fold: () => this.fold(),
+      measure: () => this.toggleMeasuring(),
     };
     document.querySelectorAll("[data-act]").forEach(button => button.addEventListener("click", acts[button.dataset.act]));
     document.querySelectorAll("[data-low]").forEach(button => button.addEventListener("click", () => this.visit(+button.dataset.low, +button.dataset.high)));
+    window.addEventListener("hashchange", () => this.follow());
     this.details.addEventListener("click", event => {
       const to = event.target.closest("[data-event]");
       if (to) this.choose(+to.dataset.event, true);
@@ -58,6 +62,7 @@ class Timeline {
   draw(now = false) {
     const { low, high } = this.painter;
     this.range.textContent = `${moment(low, high - low)} to ${moment(high, high - low)}: ${duration(high - low)}`;
+    this.remember();
     if (now) this.painter.draw();
     else if (!this.waiting) {
       this.waiting = true;
@@ -115,6 +120,8 @@ class Timeline {
     this.pointers.set(event.pointerId, this.at(event));
     this.moved = this.pointers.size > 1;
     this.from = this.at(event);
+    const [x, y] = this.from;
+    this.mode = x >= this.painter.gutter && (y < RULER || event.shiftKey || this.measuring) ? "measure" : "move";
   }
 
   move(event) {
@@ -123,7 +130,8 @@ class Timeline {
     if (this.pointers.size === 2) this.pinch(event.pointerId, at);
     else {
       if (Math.hypot(at[0] - this.from[0], at[1] - this.from[1]) > 4) this.moved = true;
-      if (this.moved) {
+      if (this.moved && this.mode === "measure") this.stretch(at);
+      else if (this.moved) {
         this.pan((last[0] - at[0]) / (this.painter.width - this.painter.gutter));
         if (event.pointerType !== "touch") this.view.scrollTop += last[1] - at[1];
         this.tip.hidden = true;
@@ -139,7 +147,42 @@ class Timeline {
   }
 
   release(event) {
-    if (this.pointers.delete(event.pointerId) && !this.moved && event.type === "pointerup") this.click(this.at(event));
+    if (!this.pointers.delete(event.pointerId) || event.type !== "pointerup") return;
+    if (!this.moved) this.click(this.at(event));
+    else if (this.mode === "measure") this.tellSpan();
+  }
+
+  // The span between where the pointer went down and where it is; from the ruler all lanes, else those it crossed.
+  stretch([x, y]) {
+    const { painter } = this, [x0, y0] = this.from, times = [x0, x].map(one => painter.time(Math.min(Math.max(one, painter.gutter), painter.width)));
+    const span = { low: Math.round(Math.min(...times)), high: Math.round(Math.max(...times)), lanes: null };
+    if (y0 >= RULER) span.lanes = painter.lanesBetween(Math.min(y0, y), Math.max(y0, y));
+    painter.span = span.high > span.low ? span : null;
+    this.tip.hidden = true;
+    this.draw();
+  }
+
+  // Measures all lanes over the chosen event, or over what is in view.
+  measureHere() {
+    const { data, painter } = this, i = painter.selected;
+    const [low, high] = i >= 0 && data.end[i] > data.start[i] ? [data.start[i], data.end[i]] : [painter.low, painter.high];
+    painter.span = { low, high, lanes: null };
+    this.tellSpan();
+  }
+
+  tellSpan() {
+    const { painter } = this;
+    if (painter.span) {
+      this.pick(-1);
+      this.details.innerHTML = describeSpan(this.data, painter.span);
+    }
+    this.draw();
+  }
+
+  toggleMeasuring() {
+    this.measuring = !this.measuring;
+    document.querySelector("[data-act=measure]").setAttribute("aria-pressed", this.measuring);
+    if (!this.measuring) this.choose(-1);
   }
 
   click([x, y]) {
@@ -160,10 +203,12 @@ class Timeline {
 
   hover([x, y]) {
     const i = this.painter.hit(x, y);
-    this.canvas.style.cursor = i >= 0 ? "pointer" : x < this.painter.gutter ? "default" : "grab";
+    const idle = x < this.painter.gutter ? "default" : y < RULER || this.measuring ? "crosshair" : "grab";
+    this.canvas.style.cursor = i >= 0 ? "pointer" : idle;
     this.tip.hidden = i < 0;
     if (i < 0) return;
-    this.tip.textContent = `${shorten(this.data.names[this.data.name[i]], 90)} · ${duration(this.data.end[i] - this.data.start[i])}`;
+    const inputs = shapes(this.data, i);
+    this.tip.textContent = `${shorten(this.data.names[this.data.name[i]], 90)} · ${duration(this.data.end[i] - this.data.start[i])}${inputs ? ` · ${inputs}` : ""}`;
     const right = x > this.painter.width / 2;
     this.tip.style.left = right ? "auto" : `${x + 14}px`;
     this.tip.style.right = right ? `${this.painter.width - x + 10}px` : "auto";
@@ -176,7 +221,7 @@ class Timeline {
       w: () => this.zoom(0.7), s: () => this.zoom(1 / 0.7), a: () => this.pan(-0.15), d: () => this.pan(0.15),
       "+": () => this.zoom(0.5), "=": () => this.zoom(0.5), "-": () => this.zoom(2), f: () => this.show(0, this.data.header.span),
       0: () => this.show(0, this.data.header.span), "/": () => this.box.focus(), Escape: () => this.choose(-1),
-      Enter: () => this.zoomToSelected(), ArrowRight: () => this.step(1), ArrowLeft: () => this.step(-1),
+      m: () => this.measureHere(), Enter: () => this.zoomToSelected(), ArrowRight: () => this.step(1), ArrowLeft: () => this.step(-1),
       ArrowDown: () => this.climb(1), ArrowUp: () => this.climb(-1),
       PageDown: () => { this.view.scrollTop += 200; }, PageUp: () => { this.view.scrollTop -= 200; },
     };
@@ -221,10 +266,17 @@ class Timeline {
     this.show(this.data.start[i] - 0.6 * wide, this.data.end[i] + 0.6 * wide);
   }
 
-  choose(i, reveal = false) {
+  // Makes an event the chosen one, with its arrows; -1 for none.
+  pick(i) {
     this.painter.selected = i;
+    this.painter.arrows = arrowsOf(this.data, i).slice(0, MOST_ARROWS);
+  }
+
+  choose(i, reveal = false) {
+    this.pick(i);
+    this.painter.span = null;
     if (i >= 0 && reveal) this.reveal(i);
-    this.details.innerHTML = i < 0 ? '<p class="hint">Choose an event to see what it is.</p>' : this.describe(i);
+    this.details.innerHTML = i < 0 ? '<p class="hint">Choose an event to see what it is.</p>' : describeEvent(this, i);
     this.draw();
   }
 
@@ -244,53 +296,15 @@ class Timeline {
     if (y < RULER || y > painter.height - 2 * ROW) this.view.scrollTop += y - painter.height / 2;
   }
 
-  describe(i) {
-    const { data } = this, { start, end, name, names } = data, row = rowOf(data, i), lane = data.lanes[data.rowLane[row]];
-    const rows = [
-      ["duration", duration(end[i] - start[i]), `${(end[i] - start[i]).toLocaleString("en")} ns`],
-      ["start", duration(start[i]), `${start[i].toLocaleString("en")} ns after the start`],
-      [lane.kind, lane.label, data.header.ranks[lane.rank].label],
-      ["kind", data.roles[data.role[i] & 63] + (data.role[i] & 128 ? ", on the critical path" : ""), ""],
-    ];
-    const other = data.partner[i] >= 0 ? data.partner[i] : data.launches[i];
-    if (other >= 0) {
-      const call = data.partner[i] >= 0;
-      const late = call ? start[i] - end[other] : start[other] - end[i];
-      const where = data.lanes[data.rowLane[rowOf(data, other)]].label;
-      rows.push([call ? "launched by" : "launches", link(data, other), `${where}; ${late >= 0 ? `${duration(late)} from the call's end to the start` : "starts before the call returns"}`, true]);
-    }
-    if (data.partner[i] >= 0) {
-      const host = this.enclosing(other);
-      if (host.length) rows.push(["called in", host.map(one => link(data, one)).join(" › "), "", true]);
-    }
-    const inside = this.enclosing(i);
-    if (inside.length) rows.push(["inside", inside.map(one => link(data, one)).join(" › "), "", true]);
-    this.countNames();
-    const same = name[i], count = this.instances.count[same], sum = this.instances.sum[same];
-    rows.push(["same name", `${count.toLocaleString("en")} events`, `${duration(sum)} together, ${duration(sum / count)} on average`]);
-    const cells = rows.map(([what, value, more, html]) =>
-      `<div${what === "inside" || what === "called in" ? ' class="wide"' : ""}><dt>${what}</dt><dd>${html ? value : escapeHtml(value)}${more ? ` <span>${escapeHtml(more)}</span>` : ""}</dd></div>`);
-    return `<h3>${escapeHtml(names[name[i]])}</h3><dl>${cells.join("")}</dl>`;
-  }
-
-  // The events of the same lane around one, outermost first.
-  enclosing(i) {
-    const { data } = this, row = rowOf(data, i), lane = data.lanes[data.rowLane[row]], out = [];
-    for (let up = row - 1; up >= lane.firstRow; up--) {
-      const above = nearest(data, up, data.start[i], 0);
-      if (above >= 0 && data.end[above] >= data.end[i]) out.unshift(above);
-    }
-    return out;
-  }
-
   countNames() {
-    if (this.instances) return;
+    if (this.instances) return this.instances;
     const { data } = this, count = new Uint32Array(data.names.length), sum = new Float64Array(data.names.length);
     for (let i = 0; i < data.n; i++) {
       count[data.name[i]]++;
       sum[data.name[i]] += data.end[i] - data.start[i];
     }
     this.instances = { count, sum };
+    return this.instances;
   }
 
   // Marks every event whose name holds the text, whatever its case; returns how many. Segments are no events.
@@ -304,9 +318,16 @@ class Timeline {
       painter.matched = marks;
     }
     const found = painter.matched ? painter.matched[data.n] : 0;
-    this.counts.textContent = wanted ? `${found.toLocaleString("en")} ${found === 1 ? "event" : "events"}` : "";
+    this.counts.textContent = wanted ? `${found.toLocaleString("en")} ${found === 1 ? "event" : "events"}${found ? `, ${duration(this.matchedTime())}` : ""}` : "";
     this.draw();
     return found;
+  }
+
+  matchedTime() {
+    const { data, painter: { matched } } = this;
+    let sum = 0;
+    for (let i = 0; i < data.n; i++) if (matched[i + 1] > matched[i]) sum += data.end[i] - data.start[i];
+    return sum;
   }
 
   // The next event found after the chosen one, in the page's order.
@@ -320,17 +341,31 @@ class Timeline {
     this.choose(i, true);
     this.counts.textContent = `${(at + 1).toLocaleString("en")} of ${total.toLocaleString("en")} events`;
   }
-}
 
-function link(data, i) {
-  const name = data.names[data.name[i]];
-  return `<button class="link" data-event="${i}" title="${escapeHtml(name)}">${escapeHtml(shorten(name, 60))}</button>`;
-}
+  // The address keeps what is shown, so that a link to the page opens where it was copied. Browsers allow few changes.
+  remember() {
+    if (!page.ready || this.remembering) return;
+    this.remembering = setTimeout(() => {
+      this.remembering = null;
+      const { low, high, selected } = this.painter, state = new URLSearchParams({ view: `${Math.round(low)}-${Math.round(high)}` });
+      if (selected >= 0) state.set("event", selected);
+      if (this.box.value) state.set("find", this.box.value);
+      const untouched = low === 0 && high === this.data.header.span && [...state].length === 1;
+      if (!untouched || location.hash.startsWith("#view=")) history.replaceState(null, "", `#${state}`);
+    }, 400);
+  }
 
-function shorten(text, most) { return text.length > most ? `${text.slice(0, most - 1)}…` : text; }
-
-function escapeHtml(text) {
-  return String(text).replace(/[&<>"']/g, one => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" })[one]);
+  // Shows what an address asks for; one that asks for a section is not ours.
+  follow() {
+    const state = new URLSearchParams(location.hash.slice(1)), [, low, high] = /^(\d+)-(\d+)$/.exec(state.get("view")) || [];
+    if (high === undefined) return;
+    this.box.value = state.get("find") || "";
+    this.search(this.box.value);
+    const event = Number(state.get("event") ?? -1);
+    if (Number.isInteger(event) && event >= 0 && event < this.data.n) this.choose(event, true);
+    this.show(+low, +high);
+    document.getElementById("timeline").scrollIntoView({ behavior: "instant" });
+  }
 }
 
 function legend(data) {
@@ -338,6 +373,7 @@ function legend(data) {
   for (let i = 0; i < data.n; i++) present.add(data.role[i] & 63);
   const chips = [...present].sort((a, b) => a - b).map(one => `<li><i style="background:${SHADES[one][0][0]}"></i>${escapeHtml(data.roles[one])}</li>`);
   if (data.critical[data.n]) chips.push('<li><i class="critical"></i>on the critical path</li>');
+  for (const kind of arrowKinds(data)) chips.push(`<li><i class="arrow" style="background:${ARROWS[kind].colour}"></i>arrow: ${ARROWS[kind].label}</li>`);
   if (data.header.ranks.some(rank => rank.steps.length)) chips.push('<li><i class="step"></i>step</li>');
   document.getElementById("timeline-legend").innerHTML = chips.join("");
 }
