@@ -160,10 +160,17 @@ def test_profile_a_run_then_a_configuration_on_two_ranks(tmp_path: Path) -> None
     again = ridgeline("profile", run.id, cwd=tmp_path)
     assert again.returncode == 0 and summary["verdict"][:40] in again.stdout
 
-    pair = ridgeline("profile", "tiny.toml", "--procs", "2", "--wait", "2", "--steps", "2", "--json", cwd=tmp_path)
+    options = ("--procs", "2", "--wait", "2", "--steps", "2", "--flow", "--json")
+    pair = ridgeline("profile", "tiny.toml", *options, cwd=tmp_path)
     assert pair.returncode == 0, pair.stderr
     both = json.loads(pair.stdout)
     assert both["world"] == 2 and both["missing_ranks"] == []
     assert both["matched_collectives"] > 0
     assert any(key.startswith("gloo:all_gather@forward") for key in both["exposed_seconds_by_collective"])
     assert all(rank["parts"]["communication"] > 0 for rank in both["ranks"].values())
+
+    read = ridgeline("trace", "flow", both["run"], "--json", cwd=tmp_path)
+    assert read.returncode == 0, read.stderr
+    flow = json.loads(read.stdout)
+    assert flow["why_not_all"] is None and {row["rank"] for row in flow["tensors"]} == {0, 1}
+    assert {"parameter", "optimizer_state", "gradient", "activation"} <= {row["role"] for row in flow["summary"]}
