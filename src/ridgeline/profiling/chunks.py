@@ -25,6 +25,8 @@ _RUN = 256
 """Events tried together once a chunk is known to hold a damaged one."""
 _JOIN = 16
 """How many pieces may belong to one event (a list of objects in its arguments has boundaries of its own)."""
+_SPACE = 1 << 10
+"""More white space than this is not looked for between two events."""
 _MOST_DAMAGED = 2000
 _LONGEST_HEAD = 256 << 20
 
@@ -86,8 +88,7 @@ class Chunks:
         """
         pending = self._open()
         while not (self._closed or (self._over and not pending)):
-            pending = self._more(pending)
-            batch, pending = self._take(pending)
+            batch, pending = self._batch(pending)
             self.count += len(batch)
             yield batch
             if self._over and not self._closed:
@@ -155,13 +156,26 @@ class Chunks:
         self.raw_bytes += len(block or b"")
         return block or b""
 
-    def _more(self, pending: bytes) -> bytes:
-        """At least a chunk more, unless the text is over."""
-        parts, got = [pending], 0
+    def _batch(self, pending: bytes) -> tuple[list[Event], bytes]:
+        """(the next events, the text behind them). What is whole is decoded where it was put together, without a copy."""
+        text = self._more(pending)
+        cut = 0 if self._over else _last_boundary(text)
+        if not cut:
+            return self._take(bytes(text[1:]))
+        rest = bytes(text[cut:])
+        text[cut:] = b"]"
+        try:
+            return _events(text), rest.lstrip()[1:]
+        except _Failed:
+            return self._take(bytes(text[1:-1]) + rest)
+
+    def _more(self, pending: bytes) -> bytearray:
+        """A bracket, ``pending`` and at least a chunk more, unless the text is over."""
+        parts, got = [b"[", pending], 0
         while got < CHUNK and not self._over:
             parts.append(self._next())
             got += len(parts[-1])
-        return b"".join(parts)
+        return bytearray().join(parts)
 
     def _take(self, text: bytes) -> tuple[list[Event], bytes]:
         """(events at the start of the text, what is left of it)."""
@@ -288,19 +302,24 @@ class Chunks:
 
 
 def _decode(piece: bytes) -> list[Event]:
-    """The events of ``piece``, which must be whole and be UTF-8 everywhere (the decoder looks only where it reads)."""
-    text = b"[" + piece + b"]"
+    """The events of ``piece``, which must be whole."""
+    return _events(b"[" + piece + b"]")
+
+
+def _events(text: bytes | bytearray) -> list[Event]:
+    """The events of an array, which must be UTF-8 everywhere (the decoder looks only where it reads)."""
     if not text.isascii():
         text.decode()
     return _EVENT_LIST.decode(text)
 
 
-def _last_boundary(text: bytes) -> int:
+def _last_boundary(text: bytes | bytearray) -> int:
     """Where the last event that seems whole ends, 0 if there is none."""
-    for window in (1 << 16, len(text)):
-        starts = [found.start() for found in _BOUNDARY.finditer(text, max(0, len(text) - window))]
-        if starts:
-            return starts[-1] + 1
+    end = len(text)
+    while (end := text.rfind(b"{", 0, end)) > 0:
+        before = text[max(0, end - _SPACE) : end].rstrip()
+        if before.endswith(b",") and (before := before[:-1].rstrip()).endswith(b"}"):
+            return end - min(end, _SPACE) + len(before)
     return 0
 
 

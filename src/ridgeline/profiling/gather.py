@@ -82,14 +82,22 @@ class KeptArgs(Sequence[Any]):
 
 
 class _Launch(msgspec.Struct, gc=False):
+    correlation: int = -1
+    device: int = -1
+    stream: int = -1
+    collective: Any = msgspec.field(default=None, name="Collective name")
+
+
+class _OddLaunch(msgspec.Struct, gc=False):
     correlation: Any = None
     device: Any = None
     stream: Any = None
     collective: Any = msgspec.field(default=None, name="Collective name")
 
 
-_LAUNCH_LIST = msgspec.json.Decoder(list[_Launch | None])
-_LAUNCH_ONE = msgspec.json.Decoder(_Launch | None)
+_LAUNCH_LIST = msgspec.json.Decoder(list[_Launch])
+_ODD_LIST = msgspec.json.Decoder(list[_OddLaunch])
+_ODD_ONE = msgspec.json.Decoder(_OddLaunch)
 
 
 class Columns:
@@ -133,9 +141,10 @@ class Columns:
         left_out = role == _SKIP
         if self._stacks or not left_out.any():
             return role
-        rows = np.flatnonzero(left_out)
-        found = [event.name == _COLLECTION for event in compress(events, left_out.tolist())]
-        role[rows[np.array(found, np.bool_)]] = _ROW
+        names = [event.name for event in compress(events, left_out.tolist())]
+        if _COLLECTION in names:
+            found = [name == _COLLECTION for name in names]
+            role[np.flatnonzero(left_out)[np.array(found, np.bool_)]] = _ROW
         return role
 
     def _learn_sorts(self) -> None:
@@ -278,36 +287,38 @@ def launch_columns(kind: NDArray[np.int8], args: list[Any]) -> tuple[Times, NDAr
     rows = np.flatnonzero(_LAUNCH_KINDS[kind])
     if not rows.size:
         return correlation, device, stream, collective
-    found = _decode_launches([args[row] for row in rows.tolist()])
-    correlation[rows] = _ids([one.correlation for one in found], 2**63)
+    found, plain = _decode_launches([args[row] for row in rows.tolist()])
+    correlation[rows] = _ids([one.correlation for one in found], 2**63, plain)
     on_device = kind[rows] != Kind.RUNTIME
     there, some = rows[on_device], list(compress(found, on_device.tolist()))
-    device[there] = _ids([one.device for one in some], 2**31)
-    stream[there] = _ids([one.stream for one in some], 2**63)
+    device[there] = _ids([one.device for one in some], 2**31, plain)
+    stream[there] = _ids([one.stream for one in some], 2**63, plain)
     collective[there] = [one.collective is not None for one in some]
     return correlation, device, stream, collective
 
 
-def _decode_launches(args: list[Any]) -> list[_Launch]:
-    """All of them in one call of the decoder; one by one only if one of them is odd."""
-    nothing = _Launch()
+def _decode_launches(args: list[Any]) -> tuple[list[Any], bool]:
+    """All of them in one call of the decoder, one by one only if one of them is odd; and whether their ids are integers
+    for certain."""
+    text = b"[" + b",".join([one if one else b"{}" for one in args]) + b"]"
+    for decoder in (_LAUNCH_LIST, _ODD_LIST):
+        try:
+            return decoder.decode(text), decoder is _LAUNCH_LIST
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+    return [_odd_launch(one) for one in args], False
+
+
+def _odd_launch(raw: Any) -> _OddLaunch:
     try:
-        found = _LAUNCH_LIST.decode(b"[" + b",".join([one if one else b"null" for one in args]) + b"]")
+        return _ODD_ONE.decode(raw or b"{}")
     except (msgspec.DecodeError, UnicodeDecodeError):
-        found = [_launch(one) for one in args]
-    return [one or nothing for one in found]
+        return _OddLaunch()
 
 
-def _launch(raw: Any) -> _Launch | None:
-    try:
-        return _LAUNCH_ONE.decode(raw) if raw else None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-
-
-def _ids(values: list[Any], limit: int) -> Times:
+def _ids(values: list[Any], limit: int, integers: bool) -> Times:
     """Non-negative integers below ``limit`` (ids are written as numbers or as text), -1 for anything else."""
-    if set(map(type, values)) <= {int}:
+    if integers or set(map(type, values)) <= {int}:
         try:
             found = np.array(values, np.int64)
         except OverflowError:
