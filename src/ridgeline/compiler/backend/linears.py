@@ -1,0 +1,80 @@
+"""Linears with frozen weights: packed once in oneDNN's layout, and those that read the same input merged into one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ridgeline.compiler.backend import operators  # noqa: F401  (registers frozen_linear)
+from ridgeline.compiler.backend.match import Applied
+
+aten = torch.ops.aten
+Linear = tuple[Node, Node, Node | None, bool]  # input, weight, bias, weight is [in, out]
+
+
+def freeze(graph: GraphModule, examples: Sequence[Any]) -> list[Applied]:
+    """Pack the linears of a normal form whose weights are parameters. Only valid without gradients."""
+    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    frozen = {place for place, example in zip(places, examples, strict=True) if _packable(example)}
+    groups: dict[Any, list[tuple[Node, Linear]]] = defaultdict(list)
+    epoch = 0
+    for node in graph.graph.nodes:
+        found = _linear(node, frozen)
+        if found is not None:
+            x, _, bias, transposed = found
+            groups[x, transposed, bias is None, epoch].append((node, found))
+        elif node.op == "call_function" and _mutates(node):
+            epoch += 1
+    for members in groups.values():
+        _merge(graph, members)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    names = {1: "packed linear"}
+    return [Applied(names.get(len(m), f"{len(m)} linears merged"), str(m[0][0])) for m in groups.values()]
+
+
+def _packable(example: Any) -> bool:
+    if not isinstance(example, nn.Parameter) or example.is_inference() or type(example.data) is not Tensor:
+        return False
+    supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-untyped-call]
+    return bool(example.device.type == "cpu" and example.dtype == torch.bfloat16 and supported)
+
+
+def _mutates(node: Node) -> bool:
+    return not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable
+
+
+def _linear(node: Node, frozen: set[Node]) -> Linear | None:
+    if node.target is aten.linear.default:
+        x, weight, bias, transposed = *node.args[:2], node.args[2] if len(node.args) > 2 else None, False
+    elif node.target is aten.addmm.default and not node.kwargs:
+        bias, x, weight, transposed = *node.args, True
+    else:
+        return None
+    return (x, weight, bias, transposed) if weight in frozen and (bias is None or bias in frozen) else None
+
+
+def _merge(graph: GraphModule, members: list[tuple[Node, Linear]]) -> None:
+    """One frozen linear at the place of the first member, split for the others."""
+    first, (x, _, bias, transposed) = members[0]
+    weights, biases = [m[1][1] for m in members], [m[1][2] for m in members if bias is not None]
+    sizes = [node.meta["val"].shape[-1] for node, _ in members]
+    with graph.graph.inserting_before(first):
+        whole = graph.graph.call_function(torch.ops.ridgeline.frozen_linear.default, (x, weights, biases, transposed))
+        start, parts = 0, []
+        for size in sizes:
+            parts.append(
+                graph.graph.call_function(aten.slice.Tensor, (whole, -1, start, start + size))
+                if len(sizes) > 1
+                else whole
+            )
+            start += size
+    for (node, _), part in zip(members, parts, strict=True):
+        part.meta = dict(node.meta)
+        node.replace_all_uses_with(part)
+        graph.graph.erase_node(node)
