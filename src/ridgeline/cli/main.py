@@ -25,6 +25,7 @@ VERBS = {
     "generate": "generate text from a model",
     "serve": "OpenAI-compatible endpoint with continuous batching",
     "load": "load-test an endpoint: TTFT, latency percentiles, throughput",
+    "compile": "what torch.compile makes of a model: all levels in one page; accuracy; packages",
     "runs": "list, show, compare and report runs",
 }
 

@@ -1,0 +1,107 @@
+"""``ridgeline compile``: what torch.compile makes of a model, how accurate it is, and a package that starts fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from ridgeline.cli.common import JSON_OPTION, console, emit, new_app, say, verb
+from ridgeline.cli.units import human_count, human_seconds
+from ridgeline.errors import UserError
+
+app = new_app("What torch.compile makes of a model, how accurate it is, and a package that starts fast.")
+
+
+@app.callback()
+def compile_verbs() -> None:
+    """What torch.compile makes of a model, how accurate it is, and a package that starts fast."""
+
+
+TARGET = typer.Argument(metavar="TARGET", help="module:name, file.py:name, a model folder, or 'demo'.")
+BATCH = typer.Option(1, "--batch", min=1, help="Sequences, for a language model.")
+SEQ_LEN = typer.Option(64, "--seq-len", min=1, help="Tokens of each, for a language model.")
+SEED = typer.Option(0, "--seed", help="Seed of random weights and inputs.")
+
+
+@app.command()
+@verb
+def view(
+    target: str = TARGET,
+    out: Path = typer.Option(Path("compile.html"), "--out", metavar="FILE", help="The page to write."),
+    device: str = typer.Option(
+        None, "--device", help="Bounds on this device: H100 or a datasheet row [default: this machine, measured]."
+    ),
+    backward: bool = typer.Option(False, "--backward", help="With gradients: forward and backward graphs."),
+    batch: int = BATCH,
+    seq_len: int = SEQ_LEN,
+    seed: int = SEED,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Python, torch IR, ATen IR, loops before and after fusion and generated code, side by side in one page.
+
+    A click on a line lights up what it came from and what it became; fused kernels show the bytes and FLOPs they
+    must move and compute, and what bounds them.
+    """
+    from ridgeline.compiler.target import resolve
+    from ridgeline.compiler.view.collect import collect
+    from ridgeline.compiler.view.roofline import device_named
+    from ridgeline.report.compile_page import write_compile_page
+
+    if out.parent != Path() and not out.parent.is_dir():
+        raise UserError(f"--out {out}: no folder {out.parent}")
+    limits = device_named(device, lambda text, part: say(f"measuring this machine: {text}"))
+    found = resolve(target, seed, batch, seq_len)
+    say(f"compiling {found.name} with Inductor")
+    result = collect(found, limits, backward)
+    write_compile_page(result.to_dict(), out)
+    kernels = [kernel.to_dict() for kernel in result.kernels]
+    totals = result.totals()
+    if as_json:
+        emit({"file": str(out), "device": limits.to_dict(), "totals": totals, "kernels": kernels})
+        return
+    screen = console()
+    screen.print(kernel_table(result.kernels, limits.name))
+    line = f"graphs {totals['graphs']}, kernels {totals['kernels']}; {_bytes(totals['bytes_moved'])} moved "
+    line += f"({_bytes(totals['bytes_unfused'])} without fusion), at best {_time(totals['floor_seconds'])}"
+    screen.print(line, soft_wrap=True)
+    screen.print(f"page {out}", soft_wrap=True, markup=False)
+
+
+def kernel_table(kernels: list[Any], device: str, most: int = 12) -> Table:
+    """The kernels with the longest floors."""
+    table = Table(
+        title=f"Predicted on {device}, from the fusions made here",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("kernel", no_wrap=True)
+    for name in ("moves", "FLOP", "FLOP/B", "at best"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("bound by", no_wrap=True)
+    table.add_column("from", overflow="fold")
+    for one in sorted(kernels, key=lambda kernel: -(kernel.floor_seconds or 0.0))[:most]:
+        place = f"{Path(one.sources[0]['file']).name}:{one.sources[0]['line']}" if one.sources else "-"
+        intensity = "-" if one.intensity is None else f"{one.intensity:.3g}"
+        floor = "-" if one.floor_seconds is None else _time(one.floor_seconds)
+        flops = "-" if one.flops is None else human_count(one.flops)
+        name = one.name.removeprefix("cpp_fused_").removeprefix("triton_").removeprefix("torch.ops.")
+        name = name if len(name) <= 20 else f"{name[:14]}...{name[-3:]}"
+        table.add_row(name, _bytes(one.bytes_moved), flops, intensity, floor, one.bound, place)
+    return table
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.3g} {unit}" if count % 1 else f"{int(count)} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e9:.3g} ns" if seconds < 1e-6 else human_seconds(seconds)
