@@ -70,6 +70,8 @@ def serve(
             "ridgeline: no measured ceilings, so no MBU will be shown (`ridgeline env` measures them)", file=sys.stderr
         )
     outcome = run_server(loader, settings, config=config, ceilings=limits, runs_root=runs, on_ready=announce)
+    console(as_json).print(f"run {outcome.run.id}")
+    sys.stdout.flush()
     if outcome.stuck:  # the engine's thread is inside a step that does not end: no clean way to join it
         os._exit(1)
     raise_for(outcome)
