@@ -82,6 +82,9 @@ def test_a_foreign_folder_is_read_and_left_alone(tmp_path: Path) -> None:
     assert plain.returncode == 0
     for word in ("communication (exposed)", "host overhead", "rank 1", "bounds the step", "evidence"):
         assert word in plain.stdout
+    matched = ridgeline("profile", "traces/rank*.json.gz", "--json", cwd=tmp_path)
+    assert matched.returncode == 0, matched.stderr
+    assert json.loads(matched.stdout) == document
     assert digest(tmp_path) == before
 
 

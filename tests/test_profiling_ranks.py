@@ -155,7 +155,7 @@ def test_a_lost_collective_spoils_its_step_alone() -> None:
     keep = np.array([not (name == NAME and 10**7 < start < 2 * 10**7) for name, start in _events(tables[1])])
     tables[1] = _select(tables[1], keep)
     assert match_collectives(tables)["step"].unique().sort().to_list() == [0, 2]
-    assert unmatched(tables) == {0: 1, 1: 0}
+    assert unmatched(tables) == {0: (1, 3), 1: (0, 2)}
     two = [step(0, 0, STEP), *(launch(at, at) for at in (1, 2))]  # two at once: times cannot tell which one is lost
     two += [kernel(NAME, 900 + 100 * at, 2000, at, (0, 20 + at)) for at in (1, 2)]
     pair = {rank: parse_table(text(two[:3] + two[3 + rank :], rank, 2), f"rank{rank}.json") for rank in (0, 1)}

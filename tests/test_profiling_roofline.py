@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ridgeline.profiling.analyses.opcosts import OpArguments, cost
-from ridgeline.profiling.analyses.roofline import COLUMNS, NO_LAUNCH, NO_SHAPES, roofline, why_empty
+from ridgeline.profiling.analyses.roofline import COLUMNS, NO_LAUNCH, NO_SHAPES, notes, roofline, why_empty
 from ridgeline.profiling.load import load_table, parse_table
 from ridgeline.profiling.table import TraceTable
 from test_profiling_synthetic import event, kernel, launch, step, text
@@ -190,6 +190,18 @@ def test_gpu_roofline_by_hand() -> None:
     assert rows["aten::nonzero"]["flops"] is None and rows["aten::nonzero"]["not_counted"]
     assert (rows[None]["not_counted"], rows[None]["device_time_ns"]) == (NO_LAUNCH, 3_000)
     assert sum(row["device_time_ns"] for row in rows.values()) == 29_000
+
+
+def test_more_than_the_ceiling_carries_a_note() -> None:
+    """The linear takes 15 us: its 14.4 kB at 0.5 GB/s would take longer, and so would its 65,536 FLOPs at 4 GFLOP/s."""
+    quick = CEILINGS | {"read_bytes_per_second": 4e9}
+    assert notes(roofline(table(GPU), quick), False) == []
+    (cached,) = notes(roofline(table(GPU), CEILINGS | {"read_bytes_per_second": 5e8}), False)
+    assert "2 rows are faster than memory" in cached and "cache" in cached
+    slow = {"gemm_flops_per_second": {"fp32": 4e9}, "read_bytes_per_second": 4e9}
+    (fast,) = notes(roofline(table(GPU), slow), False)
+    assert "faster than the matmul ceiling" in fast
+    assert notes(roofline(table(GPU), None), False) == []
 
 
 def test_without_ceilings_nothing_is_guessed() -> None:

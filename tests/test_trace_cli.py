@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from ridgeline.profiling.analyses.bandwidth import bus_ceilings
 from ridgeline.profiling.columns import columns, markdown
 from ridgeline.profiling.dump import frames, report_sections
 from ridgeline.profiling.explain import explain
@@ -49,7 +50,14 @@ def rank_file(folder: Path, rank: int, late_us: float) -> Path:
             event(f"ProfilerStep#{step}", begun, 10_000, "user_annotation"),
             event("aten::mm", begun + late_us, 4_000),
             event("c10d::allreduce_", begun + late_us + 4_000, 50),
-            event("gloo:all_reduce", begun + 7_000, 1_000, "user_annotation", 2, **{"Input Dims": [[256]]}),
+            event(
+                "gloo:all_reduce",
+                begun + 7_000,
+                1_000,
+                "user_annotation",
+                2,
+                **{"Input Dims": [[256]], "Input type": ["float"]},
+            ),
             event("aten::add", begun + 8_100, 1_800),
         ]
     target = folder / f"rank{rank}.json.gz"
@@ -79,6 +87,64 @@ def test_the_summary_keeps_its_contract(pair: Path) -> None:
     (late,) = found["stragglers"]
     assert (late["rank"], late["caused_wait_ns"], late["op"]) == (1, 9_000_000, "c10d::allreduce_")
     assert any(one["kind"] == "straggler" and one["rank"] == 1 for one in found["findings"])
+
+
+def test_collectives_without_a_partner_are_told_and_doubt_the_straggler(pair: Path, tmp_path: Path) -> None:
+    """Rank 1 lost its last collective: one of rank 0's three has no partner, and none of rank 1's two."""
+    rank_file(tmp_path, 0, 0)
+    lost = rank_file(tmp_path, 1, 3_000)
+    whole = json.loads(gzip.decompress(lost.read_bytes()))
+    whole["traceEvents"] = [
+        one for one in whole["traceEvents"] if one["ts"] < 20_000 or "all" not in one["name"] or "Step" in one["name"]
+    ]
+    lost.write_bytes(gzip.compress(json.dumps(whole).encode()))
+    (told,) = [one for one in document("summary", tmp_path)["integrity"] if one["kind"] == "unmatched_collectives"]
+    assert (told["rank"], told["count"]) == (0, 1) and "1 of 3" in told["message"]
+    assert "stragglers" in told["unsafe"]
+    assert not [one for one in document("summary", pair)["integrity"] if one["kind"] == "unmatched_collectives"]
+
+
+def device_file(path: Path) -> Path:
+    """One step on an accelerator: a kernel nobody can know for a collective, and a matrix product beside it."""
+    events = [
+        event("ProfilerStep#0", 0, 1_000, "user_annotation"),
+        event("cudaLaunchKernel", 10, 5, "cuda_runtime", correlation=1),
+        event("cudaLaunchKernel", 20, 5, "cuda_runtime", correlation=2),
+        event("house_sum", 100, 700, "kernel", 7, correlation=1, device=0, stream=7),
+        event("gemm", 300, 200, "kernel", 8, correlation=2, device=0, stream=8),
+        event("cudaDeviceSynchronize", 30, 780, "cuda_runtime", correlation=3),
+    ]
+    path.write_text(json.dumps({"traceEvents": events}))
+    return path
+
+
+def test_a_role_table_speaks_in_every_figure(tmp_path: Path) -> None:
+    """Named communication by the user, the kernel is: 700 us of which 200 are hidden behind the matrix product."""
+    path = device_file(tmp_path / "r0.json")
+    (plain,) = document("summary", path)["ranks"]
+    assert (plain["compute_ns"], plain["communication_ns"]) == (700_000, 0)
+    (tmp_path / "roles.toml").write_text('"house_sum" = "communication"\n')
+    (told,) = document("summary", path, "--roles", tmp_path / "roles.toml")["ranks"]
+    assert (told["compute_ns"], told["communication_ns"]) == (200_000, 700_000)
+    assert told["exposed_communication_ns"] == 500_000 and told["overlap_fraction"] == pytest.approx(2 / 7)
+    split = document("comm", path, "--roles", tmp_path / "roles.toml")
+    assert split["overlap"][0]["hidden_ns"] == 200_000 and split["collectives"][0]["evidence"] == "user table"
+    asked = ["--change", "free-communication"]
+    free = document("whatif", path, *asked, "--roles", tmp_path / "roles.toml")["rows"][0]
+    assert free["predicted_ns"] < document("whatif", path, *asked)["rows"][0]["predicted_ns"]
+    (tmp_path / "wrong.toml").write_text('"house_sum" = "comunication"\n')
+    refused = trace("summary", path, "--roles", tmp_path / "wrong.toml")
+    assert refused.returncode == 2 and "did you mean 'communication'" in refused.stderr
+
+
+def test_bandwidth_stands_beside_the_ceiling(pair: Path) -> None:
+    """1 KiB in the transfer's 1 ms over two ranks: the factor of an all-reduce is 1."""
+    rates = Trace.load(pair).collective_bandwidth(ceiling={"all_reduce": 2_048_000.0})
+    (row,) = rates.to_dicts()
+    assert (row["op"], row["bytes"], row["count"]) == ("all_reduce", 1024, 3)
+    assert row["bus_bytes_per_second"] == pytest.approx(1_024_000) and row["ceiling_share"] == pytest.approx(0.5)
+    ceilings = {"all_reduce_bytes_per_second": 5e9, "all_gather_bytes_per_second": None, "read_bytes_per_second": 1.0}
+    assert bus_ceilings(ceilings) == {"all_reduce": 5e9}
 
 
 def test_one_step_of_the_summary(pair: Path) -> None:
@@ -115,6 +181,7 @@ def test_every_table_documents_every_column(pair: Path) -> None:
         "kernels",
         "launches",
         "comm",
+        "counters",
         "idle",
         "critical-path",
         "tree",

@@ -1,4 +1,4 @@
-"""What the verbs of ``ridgeline trace`` share: reading with a progress bar, and tables for people."""
+"""What the verbs of ``ridgeline trace`` share: reading with a progress bar, and options, and tables for people."""
 
 from __future__ import annotations
 
@@ -6,18 +6,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ridgeline.cli.common import console, emit
+import typer
+
+from ridgeline.cli.common import console, emit, say
 from ridgeline.cli.frames import print_frame
 from ridgeline.cli.units import human_bytes
 
 if TYPE_CHECKING:
     import polars as pl
 
+    from ridgeline.profiling.table import TraceTable
     from ridgeline.profiling.trace import Trace
 
 
-def load(path: str, stacks: bool = False) -> Trace:
-    """Read with a progress bar; a run's id stands for the traces it holds."""
+PATH = typer.Argument(..., metavar="PATH", help="A trace (.json, .gz, .zst), a folder of ranks, a glob, or a run.")
+STEP = typer.Option(None, "--step", help="Only this profiler step [default: the whole capture].")
+RANK = typer.Option(None, "--rank", help="Only this rank.")
+ROLES = typer.Option(
+    None, "--roles", help="TOML or JSON of kernel name patterns to roles, for what nothing else tells."
+)
+HERE = typer.Option(False, "--here", help="The trace was taken on this machine: use its measured ceilings.")
+TOP = typer.Option(15, "--top", min=1, help="Rows to print; --json prints all.")
+
+
+def load(path: str, stacks: bool = False, roles: Path | None = None) -> Trace:
+    """Read with a progress bar; a run's id stands for the traces it holds, ``roles`` for a file of the user's."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
     from ridgeline.profiling.trace import Trace
@@ -27,9 +40,14 @@ def load(path: str, stacks: bool = False) -> Trace:
     ) as bar:
         task = bar.add_task("read", total=None)
         trace = Trace.load(
-            located(path), stacks=stacks, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            located(path),
+            stacks=stacks,
+            roles=roles,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
         bar.remove_task(task)
+    if roles is not None and trace.device == "cpu":
+        say(f"--roles {roles}: changes nothing, for the trace has no device work")
     return trace
 
 
@@ -133,3 +151,16 @@ def show(
         console().print(why or "nothing to show")
     else:
         print_frame(frame, title, columns, top)
+
+
+def measured(here: bool) -> dict[str, Any]:
+    """This machine's ceilings when the trace was taken on it, else none."""
+    if not here:
+        return {}
+    from ridgeline.hardware import ceilings
+
+    return ceilings().to_dict()
+
+
+def first_table(trace: Trace) -> TraceTable:
+    return next(iter(trace.tables.values()))

@@ -3,6 +3,7 @@ judge them, and leave it all in a run."""
 
 from __future__ import annotations
 
+import glob
 import os
 import statistics
 import time
@@ -40,8 +41,10 @@ class Profiled:
 
 
 def is_trace(target: str | Path) -> bool:
-    """Whether ``target`` is a trace file, or a folder with traces that is no run."""
+    """Whether ``target`` is a trace file, a folder with traces that is no run, or a glob that matches traces."""
     path = Path(target)
+    if glob.has_magic(str(target)) and not path.exists():
+        return any(name.endswith(TRACE_SUFFIXES) for name in glob.iglob(str(target), recursive=True))
     if path.is_dir() and not (path / "run.json").is_file():
         return any(file.name.endswith(TRACE_SUFFIXES) for file in path.iterdir())
     return path.is_file() and path.name.endswith(TRACE_SUFFIXES)
@@ -121,9 +124,7 @@ def judge(run: Run) -> Profiled:
     """
     folder = run.path / "artifacts" / TRACES
     if not folder.is_dir() or not any(folder.iterdir()):
-        raise JobError(
-            f"run {run.id} ({run.info['status']}) holds no trace: {run.info.get('error') or 'nothing was recorded'}"
-        )
+        raise JobError(f"run {run.id} ({run.status}) holds no trace: {run.info.get('error') or 'nothing was recorded'}")
     if "RANK" in os.environ:
         _await_ranks(folder, int(os.environ.get("WORLD_SIZE", "1")))
     breakdown = analyze(folder)

@@ -34,18 +34,26 @@ class Trace:
 
     @classmethod
     def load(
-        cls, where: str | Path | Sequence[str | Path], *, stacks: bool = False, progress: Progress | None = None
+        cls,
+        where: str | Path | Sequence[str | Path],
+        *,
+        stacks: bool = False,
+        roles: str | Path | Mapping[str, str] | None = None,
+        progress: Progress | None = None,
     ) -> Trace:
         """Read a trace; ``stacks`` keeps Python frames, which name modules and lines and cost memory.
 
-        A rank that no file names gets the smallest number that is free.
+        A rank that no file names gets the smallest number that is free. ``roles``: patterns of kernel names to roles, or
+        a TOML or JSON file of them, which every analysis then honours.
 
         Raises:
-            UserError: nothing there, damaged beyond repair, or two files of one rank.
+            UserError: nothing there, damaged beyond repair, two files of one rank, or a wrong table of roles.
         """
         from ridgeline.profiling.load import load_tables
 
-        return cls.of(load_tables(where, stacks=stacks, progress=progress), str(where))
+        patterns = analysis("roles").read_user_table(roles)  # before the trace: it may be large
+        tables = load_tables(where, stacks=stacks, progress=progress)
+        return cls.of([analysis("roles").with_roles(table, patterns) for table in tables], str(where))
 
     @classmethod
     def of(cls, tables: Sequence[TraceTable], source: str = "") -> Trace:
@@ -171,6 +179,17 @@ class Trace:
         """One row per collective: bytes, times, bandwidths, what of it was exposed, and who called it."""
         return self.windowed(analysis("collectives").collectives, step, **options)
 
+    def collective_bandwidth(self, step: int | None = None, ceiling: Any = None) -> pl.DataFrame:
+        """Bandwidth by operation, ranks and size; of the transfers alone where collectives match across ranks.
+
+        ``ceiling``: measured bus bandwidth, one figure or one per operation.
+        """
+        matched = self.match_collectives(step)
+        by = analysis("bandwidth").collective_bandwidth
+        if not matched.is_empty():
+            return by(matched.unique("match", keep="first", maintain_order=True), ceiling, time="transfer_ns")  # type: ignore[no-any-return]
+        return by(self.collectives(step), ceiling)  # type: ignore[no-any-return]
+
     def communication_overlap(self, step: int | None = None) -> pl.DataFrame:
         """Communication and how much of it compute hides; null where there is none."""
         return self.windowed(analysis("collectives").communication_overlap, step)
@@ -193,6 +212,11 @@ class Trace:
         """Every collective once per rank: arrival on one clock, transfer, waiting, and who came last."""
         frame: pl.DataFrame = analysis("matching").match_collectives(dict(self.tables), ceiling, step)
         return frame
+
+    def unmatched_collectives(self) -> dict[int, tuple[int, int]]:
+        """rank -> how many of its collectives no other rank's trace has, and how many there are."""
+        found: dict[int, tuple[int, int]] = analysis("matching").unmatched(dict(self.tables))
+        return found
 
     def clock_offsets(self) -> pl.DataFrame:
         """Each rank's clock against the first's, with its uncertainty and what it rests on."""

@@ -22,6 +22,7 @@ UNSAFE = {
     "no_device_timeline": ("compute", "idle", "kernels"),
     "missing_steps": ("per-step means",),
     "missing_ranks": ("stragglers", "critical path across ranks"),
+    "unmatched_collectives": ("stragglers", "critical path across ranks"),
     "clock_offset": ("waits below the uncertainty",),
     "negative_duration": ("sums",),
     "unknown_device_rows": ("compute",),
@@ -53,7 +54,19 @@ def defects(trace: Trace) -> list[Defect]:
     if absent:
         held = len(trace.tables)
         found.append(_defect(None, "missing_ranks", len(absent), f"{held} of the job's {trace.world} ranks are here"))
-    return [*found, *_clocks(trace)]
+    return [*found, *_alone(trace), *_clocks(trace)]
+
+
+def _alone(trace: Trace) -> Iterator[Defect]:
+    """Collectives that the traces of the other ranks do not have."""
+    if len(trace.tables) < 2:
+        return
+    for rank, (count, of) in trace.unmatched_collectives().items():
+        if count:
+            text = (
+                f"{count} of {of} collectives have no partner in another rank's trace: nothing is said of their waits"
+            )
+            yield _defect(rank, "unmatched_collectives", count, text)
 
 
 def _clocks(trace: Trace) -> Iterator[Defect]:

@@ -191,7 +191,7 @@ def runs_table(runs: list[Run]) -> Section:
     rows = [
         [
             run.id,
-            run.info["status"],
+            run.status,
             seconds(run.info["seconds"]),
             Html(f"<code>{esc(' '.join(run.info['command']))}</code>"),
         ]

@@ -14,6 +14,7 @@ Size is that of nccl-tests: the larger of a rank's input and output (of an all-g
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import polars as pl
 
@@ -36,6 +37,12 @@ _PART = ("all_gather", "reduce_scatter", "all_to_all", "gather", "scatter")
 _WHOLE = ("broadcast", "reduce", "send", "recv", "send_recv")
 Ceiling = float | Mapping[str, float] | None
 """Bus bandwidth in bytes/s that the machine reaches: one figure, or one per operation."""
+
+
+def bus_ceilings(ceilings: Mapping[str, Any]) -> dict[str, float]:
+    """The bus bandwidth that ``ridgeline.hardware`` measured, by operation; an operation it did not measure has none."""
+    rates = {op: ceilings.get(f"{op}_bytes_per_second") for op in ("all_reduce", "all_gather")}
+    return {op: float(rate) for op, rate in rates.items() if rate}
 
 
 def bus_factor(op: str | None, ranks: int | None) -> float | None:

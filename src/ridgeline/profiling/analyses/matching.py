@@ -100,10 +100,15 @@ def clock_offsets(tables: dict[int, TraceTable]) -> pl.DataFrame:
     return _offsets(tables, _pairs(tables))
 
 
-def unmatched(tables: dict[int, TraceTable]) -> dict[int, int]:
-    """How many collectives of each rank have no partner in another rank's trace."""
+def unmatched(tables: dict[int, TraceTable]) -> dict[int, tuple[int, int]]:
+    """For each rank how many of its timed collectives have no partner in another rank's trace, and how many there are.
+    Groups of one rank alone do not count."""
     matched = dict(match_collectives(tables).group_by("rank").len().rows())
-    return {rank: len(collectives(table)) - matched.get(rank, 0) for rank, table in sorted(tables.items())}
+    alone = pl.col("group_size").fill_null(_worlds(tables)) < 2
+    counts = {
+        rank: collectives(table).filter(pl.col("timed") & ~alone).height for rank, table in sorted(tables.items())
+    }
+    return {rank: (max(count - matched.get(rank, 0), 0), count) for rank, count in counts.items()}
 
 
 def _pairs(tables: dict[int, TraceTable]) -> pl.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,23 @@ def classify_kernels(
         schema=_SCHEMA,
     )
     return frame.sort("sum_ns", "name", "role", "evidence", descending=[True, False, False, False])
+
+
+def with_roles(table: TraceTable, user_table: UserTable) -> TraceTable:
+    """The same trace, of which every analysis takes a kernel for what the reader's table says.
+
+    The roles are derived once per table and kept; here that happens with the reader's patterns, before anyone asks.
+
+    Raises:
+        UserError: the user's table cannot be read, or has a wrong pattern or role.
+    """
+    patterns = read_user_table(user_table)
+    if not patterns:
+        return table
+    anew = replace(table)  # what the other table has kept was derived without the patterns
+    phases, launched = classify.find_phases(anew), classify.launches(anew)
+    anew.once("kernel roles", lambda: classify.kernel_roles(anew, phases, launched, patterns))
+    return anew
 
 
 def read_user_table(source: UserTable) -> dict[str, str]:

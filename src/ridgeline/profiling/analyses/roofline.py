@@ -88,6 +88,21 @@ def roofline(table: TraceTable, ceilings: Mapping[str, Any] | None = None, windo
     return _against(grouped, ceilings or {}, wall_ns(table, window))
 
 
+def notes(frame: pl.DataFrame, cpu: bool) -> list[str]:
+    """What a reader of :func:`roofline` must know before believing shares of more than the ceiling; empty without any."""
+    over = frame.filter(pl.col("share_of_ceiling") > 1)
+    cached, fast = over.filter(pl.col("bound") == "memory").height, over.filter(pl.col("bound") == "compute").height
+    out = []
+    if cached:
+        where = "from the CPU's caches" if cpu else "from the device's cache"
+        out.append(f"{cached} rows are faster than memory can be read: their data came {where} (the ceiling is measured on "
+                   "buffers far larger than any cache), so their share of it is above 100 % and their loss negative")  # fmt: skip
+    if fast:
+        out.append(f"{fast} rows are faster than the matmul ceiling: it was measured on another machine, or on a busy one "
+                   "(`ridgeline env --refresh` measures it again)")  # fmt: skip
+    return out
+
+
 def why_empty(table: TraceTable) -> str | None:
     """Why :func:`roofline` has nothing to count, or None."""
     if not (table.has_device_timeline or table.is_kind(Kind.CPU_OP).any()):
