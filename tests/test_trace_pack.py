@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
+import json
+import re
+import zlib
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ridgeline.profiling.table import Kind
+from ridgeline.report.trace import arguments, arrows
 from ridgeline.report.trace.encode import varint
 from ridgeline.report.trace.pack import MAX_ROWS, ROLES, SEGMENT, pack, separate
 from ridgeline.report.trace.path import on_path
@@ -118,3 +124,154 @@ def test_too_many_events_leave_out_the_shortest_and_the_page_says_so(tmp_path):
     assert len(kept) == packed.shown == 30 and min(kept) == packed.cut_ns == 7
     text = write_trace_report([table], tmp_path / "t.html", "t", {}, limit=35).read_text()
     assert "70 events shorter than 7e-09 s" in text or "70 events shorter than 0.007 µs" in text
+
+
+# ---- arguments and arrows
+
+HOST, GPU = ("1", "1"), ("0", "7")
+
+
+def called(*arguments, length=10):
+    """One operator each, with these arguments."""
+    return make_table([("op", Kind.CPU_OP, HOST, 100 * at, length, -1, one) for at, one in enumerate(arguments)])
+
+
+def test_events_that_differ_in_the_profilers_ids_alone_share_one_set_of_arguments():
+    grids = [{"External id": at, "grid": [8, 1, 1], "correlation": 7, "Ev Idx": at, "none": ""} for at in range(50)]
+    packed = pack([called(*grids, {"Sequence number": 3}, {"stack": 'a "External id": 5, b', "External id": 1})])
+    rows = unpack(packed)
+    assert [row.arguments for row in rows] == [{"grid": [8, 1, 1]}] * 50 + [None, {"stack": 'a "External id": 5, b'}]
+    assert packed.notes == []
+    assert len(json.loads(zlib.decompress(base64.b64decode(packed.texts)))["sets"]) == 2
+
+
+keys = st.sampled_from([*arguments.IDS[:3], "a", "b c", '"', "é"])
+plain = st.text('0",:{}a', max_size=5) | st.integers(-9, 99) | st.floats(-9, 9) | st.none()
+nested = st.recursive(
+    plain, lambda one: st.lists(one, max_size=3) | st.dictionaries(keys, one, max_size=2), max_leaves=4
+)
+
+
+@given(st.lists(st.dictionaries(keys, nested, max_size=5), max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_what_is_shown_is_what_was_given_without_ids_and_empty_values(given_sets):
+    found = [row.arguments or {} for row in unpack(pack([called({"x": 1}, *given_sets)]))][1:]
+    for shown, raw in zip(found, given_sets, strict=True):
+        assert shown == {key: value for key, value in without_ids(raw).items() if value not in EMPTY}
+
+
+EMPTY = (None, "", [], {})
+
+
+def without_ids(value):
+    """Every object without the ids that are whole numbers (as text too) or absent."""
+    if isinstance(value, list):
+        return [without_ids(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: one for key, one in value.items() if key not in arguments.IDS or not is_id(one)}
+    return {key: without_ids(one) for key, one in kept.items()}
+
+
+def is_id(value):
+    return value in (None, "") or type(value) is int or (isinstance(value, str) and re.fullmatch("-?[0-9]+", value))
+
+
+def test_long_values_are_cut_and_the_page_says_so():
+    packed = pack([called({"ranks": list(range(5000))}, {"ranks": [1]})])
+    first, second = (row.arguments for row in unpack(packed))
+    assert first["ranks"].endswith("…") and len(first["ranks"]) == arguments.MOST_CHARACTERS + 1
+    assert second == {"ranks": [1]} and packed.notes == ["Values longer than 1,500 characters are cut (1 events)."]
+
+
+def test_over_its_budget_the_page_keeps_the_arguments_of_most_time_and_says_so():
+    events = [("op", Kind.CPU_OP, HOST, 100 * at, at + 1, -1, {"text": f"{at:02d}" * 10}) for at in range(20)]
+    table = make_table(events)
+    used = arguments.gather([table], [np.arange(20)], most=170)  # five sets of 31 bytes, {"text":"…"}
+    assert [code > 0 for code in used.codes[0].tolist()] == [False] * 15 + [True] * 5
+    assert used.note == "The arguments of 15 events are left out, to keep the page small."
+
+
+def test_arguments_that_are_no_json_object_are_none():
+    table = replace(called({}, {}, {}), args=[b"[1]", b'{"a": "\xff"}', b'{"a": '])
+    assert [row.arguments for row in unpack(pack([table]))] == [None] * 3
+
+
+def test_a_streamed_trace_says_which_arguments_it_kept():
+    table = called({"a": 1})
+    assert "too large" in pack([replace(table, meta=replace(table.meta, streamed=True))]).notes[0]
+
+
+def test_a_call_has_its_correlation_and_a_backward_its_forward():
+    events = [
+        ("aten::mm", Kind.CPU_OP, HOST, 0, 50, -1),
+        ("cudaLaunchKernel", Kind.RUNTIME, HOST, 10, 5, 2**40),
+        ("MmBackward0", Kind.CPU_OP, ("1", "2"), 100, 50, -1),
+        ("cudaLaunchKernel", Kind.RUNTIME, ("1", "2"), 110, 5, 3),
+        ("sgemm", Kind.KERNEL, GPU, 20, 60, 2**40),
+        ("orphan", Kind.KERNEL, GPU, 90, 5, 77),
+    ]
+    rows = unpack(pack([make_table(events, links=[(HOST, 0, ("1", "2"), 100)])]))
+    assert [row.correlation for row in rows if row.name == "cudaLaunchKernel"] == [2**40, 3]
+    assert [row.correlation for row in rows if row.name in ("sgemm", "orphan")] == [-1, 77]  # sgemm's is its call's
+    (backward,) = [row for row in rows if row.name == "MmBackward0"]
+    assert rows[backward.forward].name == "aten::mm"
+    assert sum(row.forward >= 0 for row in rows) == 1
+
+
+def drawn(packed):
+    """The header's arrows with the names of their ends."""
+    rows = unpack(packed)
+    return [
+        (f"{rows[one].rank} {rows[one].name}", f"{rows[other].rank} {rows[other].name}", packed.header["why"][why], ns)
+        for one, other, why, ns in packed.header["arrows"]
+    ]
+
+
+def test_the_path_has_an_arrow_where_it_changes_lane():
+    table = make_table([("a", Kind.CPU_OP, HOST, 0, 40, -1), ("k", Kind.KERNEL, GPU, 50, 30, -1)])
+    path = [("operator", "a", 0, 0, 40), ("launch delay", "k", 1, 40, 50), ("kernel", "k", 1, 50, 80)]
+    keys = ("type", "name", "row", "start_ns", "end_ns")
+    found = pack([table], [dict(zip(keys, one, strict=True)) for one in path])
+    assert drawn(found) == [("rank 0 a", "rank 0 k", "launch delay", 10)]
+    two = [{**dict(zip(keys, one, strict=True)), "rank": rank} for one, rank in zip(path, (0, 1, 1), strict=True)]
+    assert drawn(pack([table, replace(table, meta=replace(table.meta, rank=1))], two)) == [
+        ("rank 0 a", "rank 1 k", "launch delay", 10)
+    ]
+
+
+def test_who_waited_has_an_arrow_from_the_rank_that_came_last_where_that_is_known():
+    tables = [
+        make_table([("x", Kind.CPU_OP, HOST, 0, 5, -1), ("reduce", Kind.CPU_OP, HOST, at, 100 - at, -1)], rank)
+        for rank, at in enumerate((10, 70, 30))
+    ]
+    rows = [
+        {
+            "match": 0,
+            "rank": rank,
+            "start_ns": at,
+            "end_ns": 100,
+            "waiting_ns": wait,
+            "last": wait == 0,
+            "complete": True,
+        }
+        for rank, at, wait in ((0, 10, 60), (1, 70, 0), (2, 30, 40))
+    ]
+    assert drawn(pack(tables, collectives=rows)) == [
+        ("rank 1 reduce", "rank 0 reduce", "waited for the last rank", 60),
+        ("rank 1 reduce", "rank 2 reduce", "waited for the last rank", 40),
+    ]
+    assert drawn(pack(tables, collectives=[{**row, "complete": False} for row in rows])) == []
+    assert drawn(pack(tables, collectives=[{**row, "last": False} for row in rows])) == []
+    assert drawn(pack(tables, collectives=[{**row, "end_ns": 99} for row in rows])) == []  # no such event
+
+
+def test_of_too_many_arrows_the_longest_waits_stay():
+    found = [((0, 0), (0, at), "w", at) for at in range(1, 9)]
+    header, left = arrows.place(found, {0: np.array([0, *range(1, 8), -1])}, most=3)
+    assert [arrow[3] for arrow in header["arrows"]] == [5, 6, 7] and left == 4  # the eighth event is not drawn
+
+
+def test_tables_that_claim_the_same_rank_are_both_packed():
+    packed = pack([small(0), called({"a": 1})], [{"type": "kernel", "name": "x", "row": 4, "start_ns": 0, "end_ns": 9}])
+    assert packed.shown == 7

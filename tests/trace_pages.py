@@ -48,19 +48,31 @@ def _ends(links, threads):
     return zip(*coded, strict=True) if coded else ((),) * 4
 
 
+SHAPES = {
+    "External id": 5,
+    "Input Dims": [[64, 32], [32, 8], []],
+    "Input type": ["float", "c10::BFloat16", "Scalar"],
+    "Input Strides": [[32, 1], [1, 32], []],
+    "Concrete Inputs": ["", "", "<2>"],
+}
+LAUNCHED = {"stream": 7, "grid": [8, 2, 1], "shared memory": 4096, "est. achieved occupancy %": 25}
+
+
 def small(rank=0, base=BASE, odd="<script>alert(1)</script> & co"):
-    """A step with an operator that launches a kernel, a collective beside it, and a name that is also HTML."""
+    """A step with an operator that launches a kernel, a collective beside it, and a name that is also HTML, which is
+    the operator's backward."""
     host, gpu = ("1", "1"), ("0", "7")
     return make_table(
         [
             ("ProfilerStep#3", Kind.ANNOTATION, host, base, 1_000_000, -1),
-            ("aten::mm", Kind.CPU_OP, host, base + 100_000, 200_000, -1),
+            ("aten::mm", Kind.CPU_OP, host, base + 100_000, 200_000, -1, SHAPES),
             ("cudaLaunchKernel", Kind.RUNTIME, host, base + 150_000, 50_000, 11),
-            (odd, Kind.CPU_OP, host, base + 400_000, 100_000, -1),
-            ("sgemm_128", Kind.KERNEL, gpu, base + 320_000, 250_000, 11),
+            (odd, Kind.CPU_OP, host, base + 400_000, 100_000, -1, {"Call stack": "m.py(3): <f>;m.py(9): g"}),
+            ("sgemm_128", Kind.KERNEL, gpu, base + 320_000, 250_000, 11, LAUNCHED),
             ("ncclDevKernel_AllReduce", Kind.KERNEL, ("0", "9"), base + 500_000, 300_000, -1),
         ],
         rank,
+        links=[(host, base + 100_000, host, base + 400_000)],
     )
 
 
@@ -92,7 +104,7 @@ def crowd(count, rank=0):
         thread=thread[order].astype(np.int32),
         start=starts[order].astype(np.int64),
         end=ends[order].astype(np.int64),
-        args=[b""] * starts.size,
+        args=[b'{"External id": %d, "grid": [%d, 1, 1]}' % (at, at % 811) if at % 3 else b"" for at in order.tolist()],
         correlation=correlation[order].astype(np.int64),
         device=np.where(kernel, 0, -1)[order].astype(np.int32),
         stream=np.where(kernel, thread + 6, -1)[order].astype(np.int64),
@@ -101,6 +113,7 @@ def crowd(count, rank=0):
 
 def everything(ranks=(0, 1)):
     """Every section, with figures that are easy to find again."""
+    times = {"start_ns": BASE + 500_000, "end_ns": BASE + 800_000}
     return {
         "integrity": [
             "3 launches without a device event: <lost>",
@@ -122,6 +135,10 @@ def everything(ranks=(0, 1)):
         ],
         "roofline": roofline(),
         "memory": memory(),
+        "collectives": [
+            {"match": 0, "rank": rank, **times, "waiting_ns": 200_000 * (1 - rank), "last": rank == 1, "complete": True}
+            for rank in ranks
+        ],
         "critical_path": [
             {"rank": 0, "name": "aten::mm", "type": "operator", "start_ns": BASE + 100_000, "end_ns": BASE + 300_000}
         ],

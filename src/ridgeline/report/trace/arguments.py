@@ -43,8 +43,9 @@ IDS = (
     "queued",
 )
 """Not shown: numbers of the profiler's own, what the lane says already, and the correlation, which the page has."""
-_IDS = re.compile(rb',?\s*"(?:' + b"|".join(name.encode() for name in IDS) + rb')"\s*:\s*(?:"?-?\d+"?|null|"")')
-_COMMA = re.compile(rb"^\s*\{\s*,")
+_ID = rb'"(?:' + b"|".join(name.encode() for name in IDS) + rb')"\s*:\s*(?:-?\d+|"(?:-?\d+)?"|null)(?=\s*[,}])'
+# With the comma before it where it ends an object, else with the comma after it. A key in a text has escaped quotes.
+_IDS = re.compile(rb"(?:,\s*" + _ID + rb")+(?=\s*\})|" + _ID + rb"\s*(?:,\s*|(?=\}))")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _clean(raw: bytes) -> tuple[str, bool]:
     if not raw:
         return "", False
     try:
-        found = msgspec.json.decode(_COMMA.sub(b"{", raw))
+        found = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return "", False
     if not isinstance(found, dict):

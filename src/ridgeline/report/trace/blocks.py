@@ -9,7 +9,8 @@ from ridgeline.report.page import Html, Section, esc, number, percent, seconds, 
 
 Row = Mapping[str, Any]
 BLUE, ORANGE, PURPLE, GREY, LIGHT = "#0b6bcb", "#b85800", "#8a4fbf", "#5b6776", "#dde3ea"
-CAUSES = (BLUE, ORANGE, "#23845b", PURPLE, "#c4314b", "#c9a227", GREY, "#7a8896")
+CAUSES = ("#2a7a8c", "#a8487f", "#23845b", "#6a5acd", "#c4314b", "#8f6d0f", "#4d7cc3", "#7a4a2b")
+"""Colours of idle time: none of those of busy time; white text can be read on each."""
 
 
 def integrity(lines: Sequence[str | Row]) -> Section:
@@ -51,7 +52,9 @@ def _finding(row: Row, origins: Mapping[int, int]) -> str:
     if row.get("knob"):
         parts.append(f"<p>Try <code>{esc(row['knob'])}</code>{saves}</p>")
     if row.get("unsafe"):
-        parts.append(f'<p class="evidence"><strong>Doubtful: {esc(", ".join(row["unsafe"]))}</strong></p>')
+        parts.append(
+            f'<p class="evidence"><strong>Doubtful: {esc(", ".join(row["unsafe"]).replace("_", " "))}</strong></p>'
+        )
     if row.get("start_ns") is not None and row.get("end_ns") is not None:
         origin = origins.get(row.get("rank", -1), min(origins.values()))
         low, high = int(row["start_ns"]) - origin, int(row["end_ns"]) - origin
@@ -141,19 +144,22 @@ def _idle(rows: Sequence[Row]) -> str:
     if not groups:
         return '<p class="why">There was no idle time.</p>'
     names = sorted({name for causes in groups.values() for name in causes})
-    colours = {name: CAUSES[at % len(CAUSES)] for at, name in enumerate(names)}
+    known = [name for name in names if name != "unknown"]
+    colours = {name: CAUSES[at % len(CAUSES)] for at, name in enumerate(known)}
+    colours |= {name: GREY for name in names if name not in colours}
     longest = max(sum(causes.values()) for causes in groups.values()) or 1
+    order = sorted(names, key=lambda name: -sum(causes.get(name, 0) for causes in groups.values()))
     bars = ""
     for group, causes in groups.items():
         who = ", ".join(f"{key} {value}" for key, value in zip(keys, group, strict=True) if value is not None)
         who += ", all streams" if group[-2] is not None and group[-1] is None else ""
         whole = sum(causes.values())
-        parts = sorted(((name, ns, colours[name]) for name, ns in causes.items()), key=lambda part: -part[1])
+        parts = [(name, causes[name], colours[name]) for name in order if name in causes]
         bars += (
             f'<div class="who">{esc(who or "the host")}<small>{_time(whole)} idle</small></div>'
             f'<div class="bar" style="width:{100 * whole / longest:.2f}%">{_pieces(parts, whole, True)}</div>'
         )
-    return f'<div class="bars">{bars}</div>{_legend(colours)}'
+    return f'<div class="bars">{bars}</div>{_legend({name: colours[name] for name in order})}'
 
 
 def kernels(rows: Sequence[Row], title: str, limit: int = 15) -> Section:

@@ -12,6 +12,7 @@ class Flame {
     host.addEventListener("click", event => event.target.dataset.at && this.focus(+event.target.dataset.at));
     host.addEventListener("keydown", event => this.key(event));
     host.addEventListener("pointerover", event => event.target.dataset.at && this.tell(+event.target.dataset.at));
+    window.addEventListener("resize", () => this.focus(this.chosen, false));
     this.focus(0, false);
   }
 
@@ -43,6 +44,7 @@ class Flame {
       cell.hidden = !(above.has(k) || (inside && share > 0.0008));
       cell.style.left = inside ? `${100 * (start - low) / wide}%` : "0";
       cell.style.width = `${100 * share}%`;
+      cell.classList.toggle("narrow", share * this.host.clientWidth < 26);
       cell.classList.toggle("above", above.has(k) && k !== at);
     });
     const depth = this.frames.reduce((most, frame, k) => this.cells[k].hidden ? most : Math.max(most, frame[0]), 0);

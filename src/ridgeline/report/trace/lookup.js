@@ -18,12 +18,11 @@ function fit(text, room, letter) {
   return text.length <= most ? text : most < 3 ? text.slice(0, Math.max(most, 0)) : text.slice(0, most - 1) + "…";
 }
 
-// Both ends of a label: what it is and its number.
+// A label that ends in a number keeps it when it is cut.
 function ends(text, room, letter) {
-  const most = Math.floor(room / letter);
-  if (text.length <= most || most < 9) return fit(text, room, letter);
-  const tail = text.split(" ").pop().length <= most - 4 ? text.split(" ").pop() : text.slice(-Math.floor(most / 2));
-  return `${text.slice(0, most - tail.length - 1).trimEnd()}…${tail}`;
+  const most = Math.floor(room / letter), [number] = /-?\d+$/.exec(text) || [];
+  if (!number || text.length <= most || number.length > most - 4) return fit(text, room, letter);
+  return `${text.slice(0, most - number.length - 1).trimEnd()}…${number}`;
 }
 
 // The first index in [low, high) whose value is at least the one asked for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,8 +49,8 @@ def roofline(rows: Sequence[Row], ceilings: Mapping[str, Any], limit: int = 12) 
 
 def _operator(row: Row) -> list[Any]:
     return [
-        Html(f'<div class="name">{esc(row.get("operator") or "no known operator")}</div>'),
-        Html(f'<div class="name dims">{esc(row.get("input_dims") or "–")}</div>'),
+        Html(f'<div class="name short">{esc(row.get("operator") or "no known operator")}</div>'),
+        Html(f'<div class="name dims">{esc(_sizes(row.get("input_dims")))}</div>'),
         row.get("dtype") or "–",
         seconds(row["device_time_ns"] / 1e9),
         si(row.get("flops"), "FLOP"),
@@ -58,6 +59,18 @@ def _operator(row: Row) -> list[Any]:
         percent(row.get("share_of_ceiling")),
         row.get("bound") or "–",
     ]
+
+
+def _sizes(dims: Any) -> str:
+    """``64×256, 256×256`` for the JSON ``[[64,256],[256,256],[]]``: scalars have no sizes to show."""
+    try:
+        given = json.loads(dims or "[]")
+    except (TypeError, ValueError):
+        return str(dims)
+    flat = [one for one in given if isinstance(one, list) and one and all(isinstance(size, int) for size in one)]
+    if len(flat) < sum(bool(one) for one in given):  # lists of tensors
+        return str(dims)
+    return ", ".join("×".join(map(str, one)) for one in flat) or "–"
 
 
 def _roofs(ceilings: Mapping[str, Any]) -> dict[str, float]:
@@ -92,15 +105,16 @@ def _roof_svg(rows: Sequence[Row], ceilings: Mapping[str, Any], limit: int) -> s
         parts.append(_roof(name, rate, speed, across, up, above=at == len(roofs) - 1))
     longest = max(int(row["device_time_ns"]) for row in rows) or 1
     places = [(across(row["intensity_flops_per_byte"]), up(row["flops_per_second"])) for row in rows]
-    for row, (x, y) in reversed(list(zip(rows, places, strict=True))):
-        parts.append(_circle(row, x, y, max(3.5, 22 * math.sqrt(row["device_time_ns"] / longest))))
-    parts += _numbers(places[:limit])
+    sizes = [max(3.5, 22 * math.sqrt(row["device_time_ns"] / longest)) for row in rows]
+    for row, (x, y), radius in reversed(list(zip(rows, places, sizes, strict=True))):
+        parts.append(_circle(row, x, y, radius))
+    parts += _numbers(places[:limit], sizes)
+    used = {str(row.get("bound")) for row in rows}
+    chips = [f'<li><i style="background:{BOUND[name]}"></i>bound by {name}</li>' for name in BOUND if name in used]
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="roofline of {len(rows)} operators">{"".join(parts)}</svg>'
-        + '<ul class="legend">'
-        + "".join(f'<li><i style="background:{colour}"></i>bound by {name}</li>' for name, colour in BOUND.items())
-        + "</ul>"
+        f'<div class="scroll"><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="roofline of {len(rows)} operators">{"".join(parts)}</svg></div>'
+        f'<ul class="legend">{"".join(chips)}</ul>'
     )
 
 
@@ -108,15 +122,16 @@ def _second(pair: tuple[str, float]) -> float:
     return pair[1]
 
 
-def _numbers(places: Sequence[tuple[float, float]]) -> list[str]:
-    """The table's numbers on their circles; of those that would cover each other only the first."""
+def _numbers(places: Sequence[tuple[float, float]], sizes: Sequence[float]) -> list[str]:
+    """The table's numbers on their circles, beside small ones; of those that would cover each other only the first."""
     shown: list[tuple[float, float]] = []
     parts = []
-    for at, (x, y) in enumerate(places, 1):
-        if all(abs(x - a) > 16 or abs(y - b) > 13 for a, b in shown):
+    for at, ((x, y), radius) in enumerate(zip(places, sizes, strict=False), 1):
+        anchor, x = ("middle", x) if radius > 9 else ("start", x + radius + 3)
+        if all(abs(x - a) > 20 or abs(y - b) > 13 for a, b in shown):
             shown.append((x, y))
             parts.append(
-                f'<text class="strong" x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle" '
+                f'<text class="strong" x="{x:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}" '
                 f'pointer-events="none">{at}</text>'
             )
     return parts
@@ -244,8 +259,8 @@ def _memory_svg(rows: Sequence[Row], colours: Mapping[str, str], origin: int, po
         label = seconds((base - origin + share * span) / 1e9)
         parts.append(f'<text x="{place:.1f}" y="{height - 12}" text-anchor="{anchor}">{label}</text>')
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="memory over '
-        f'{seconds(span / 1e9)}, peak {_bytes(top)}">{"".join(parts)}</svg>'
+        f'<div class="scroll"><svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="memory over '
+        f'{seconds(span / 1e9)}, peak {_bytes(top)}">{"".join(parts)}</svg></div>'
     )
 
 

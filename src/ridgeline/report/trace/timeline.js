@@ -47,7 +47,9 @@ class Timeline {
     window.addEventListener("hashchange", () => this.follow());
     this.details.addEventListener("click", event => {
       const to = event.target.closest("[data-event]");
-      if (to) this.choose(+to.dataset.event, true);
+      if (!to) return;
+      this.choose(+to.dataset.event, true);
+      this.canvas.focus({ preventScroll: true }); // the link is gone; the keys go on from the event
     });
   }
 
@@ -383,9 +385,7 @@ document.addEventListener("DOMContentLoaded", async () => {
     page.ready = true;
     return;
   }
-  const began = performance.now();
-  const data = await readEvents();
-  const timeline = new Timeline(data);
+  const began = performance.now(), data = await readEvents(), timeline = new Timeline(data);
   legend(data);
   Object.assign(page, {
     count: data.n, data, timeline,
