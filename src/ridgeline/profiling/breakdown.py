@@ -103,10 +103,7 @@ def break_down(table: TraceTable, fallback_rank: int = 0) -> RankBreakdown:
         part: {phase: intersect(pieces[part], where) for phase, where in phases.ranges.items()} for part in SPLIT_PARTS
     }
     by_collective = _exposed_by_collective(pieces["communication"], collectives, phases)
-    steps = [
-        _step(label, int(a), int(b), pieces, communication, split, by_collective)
-        for label, a, b in zip(labels, low.tolist(), high.tolist(), strict=True)
-    ]
+    steps = _steps(labels, low, high, pieces, communication, split, by_collective)
     return RankBreakdown(
         rank=table.meta.rank if table.meta.rank is not None else fallback_rank,
         source=table.meta.source,
@@ -184,35 +181,43 @@ def _host_sets(
     return sets, communication, {"communication": how}
 
 
-def _step(
-    label: int | None,
-    start: int,
-    end: int,
+def _steps(
+    labels: list[int | None],
+    low: Times,
+    high: Times,
     pieces: dict[str, Intervals],
     communication: Intervals,
     split: dict[str, dict[str, Intervals]],
     by_collective: dict[str, Intervals],
-) -> StepParts:
-    low, high = np.array([start]), np.array([end])
+) -> list[StepParts]:
+    """The parts of every step ``[low[i], high[i])``; each set is measured once, against all of them."""
 
-    def inside(one: Intervals) -> int:
-        return int(covered(one, low, high)[0])
+    def inside(sets: dict[str, Intervals]) -> dict[str, list[int]]:
+        return {name: covered(one, low, high).tolist() for name, one in sets.items()}
 
-    parts = {name: inside(piece) for name, piece in pieces.items()}
-    parts["idle"] = (end - start) - sum(parts.values())
-    by_phase = {}
-    for name, by in split.items():
-        by_phase[name] = {phase: inside(piece) for phase, piece in by.items()}
-        by_phase[name]["other"] = parts[name] - sum(by_phase[name].values())
-    return StepParts(
-        step=label,
-        start_ns=start,
-        end_ns=end,
-        parts={name: parts[name] for name in PARTS},
-        hidden_communication_ns=inside(communication) - parts["communication"],
-        by_phase=by_phase,
-        exposed_by_collective={name: inside(piece) for name, piece in by_collective.items()},
-    )
+    parts, exposed = inside(pieces), inside(by_collective)
+    by_phase = {name: inside(by) for name, by in split.items()}
+    whole = covered(communication, low, high).tolist()
+    out = []
+    for at, label in enumerate(labels):
+        start, end = int(low[at]), int(high[at])
+        mine = {name: spent[at] for name, spent in parts.items()}
+        mine["idle"] = (end - start) - sum(mine.values())
+        phases = {name: {phase: spent[at] for phase, spent in by.items()} for name, by in by_phase.items()}
+        for name, by in phases.items():
+            by["other"] = mine[name] - sum(by.values())
+        out.append(
+            StepParts(
+                step=label,
+                start_ns=start,
+                end_ns=end,
+                parts={name: mine[name] for name in PARTS},
+                hidden_communication_ns=whole[at] - mine["communication"],
+                by_phase=phases,
+                exposed_by_collective={name: spent[at] for name, spent in exposed.items()},
+            )
+        )
+    return out
 
 
 def _exposed_by_collective(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from ridgeline.errors import UserError, nearest
 from ridgeline.profiling.intervals import Intervals, contains, empty, intersect, merge, subtract
 from ridgeline.profiling.nesting import launching_operator, operators
-from ridgeline.profiling.table import Kind, Mask, TraceTable
+from ridgeline.profiling.table import Kind, Mask, TraceTable, distinct, look_up, row_numbers, row_type
 
 PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -125,19 +126,19 @@ def step_rows(table: TraceTable) -> NDArray[np.intp]:
 def transfer_threads(table: TraceTable) -> set[int]:
     """Threads that only move data for a CPU backend: those that hold ``gloo:`` spans."""
     rows = table.is_kind(Kind.ANNOTATION, Kind.CPU_OP) & table.named(TRANSFER.match)
-    return set(np.unique(table.thread[rows]).tolist())
+    return set(distinct(table.thread[rows]))
 
 
 def host_threads(table: TraceTable) -> list[int]:
     """Threads that drive the step: the one with the steps (else the busiest in ops), and those that run backward."""
     steps = step_rows(table)
-    ops = table.is_kind(Kind.CPU_OP, Kind.RUNTIME) & ~np.isin(table.thread, list(transfer_threads(table)))
-    threads = set(np.unique(table.thread[steps]).tolist())
+    ops = table.is_kind(Kind.CPU_OP, Kind.RUNTIME) & ~table.on_threads(transfer_threads(table))
+    threads = set(distinct(table.thread[steps]))
     if not threads and ops.any():
         counts = np.bincount(table.thread[ops])
         threads = {int(counts.argmax())}
     backward = table.is_kind(Kind.CPU_OP) & table.named(_BACKWARD_NODE.match)
-    return sorted(threads | set(np.unique(table.thread[backward]).tolist()))
+    return sorted(threads | set(distinct(table.thread[backward])))
 
 
 ROLES = ("compute", "optimizer", "communication", "memory", "unknown")
@@ -164,7 +165,10 @@ class KernelRoles:
 
     def has(self, *roles: str) -> Mask:
         """Rows of these roles. ``[rows]``"""
-        return np.isin(self.role, [ROLES.index(one) for one in roles])
+        out = np.zeros(self.role.size, np.bool_)
+        for one in roles:
+            out |= self.role == ROLES.index(one)
+        return out
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ class DeviceRoles:
 
 
 def device_roles(
-    table: TraceTable, phases: Phases, launched: NDArray[np.intp], user_table: Mapping[str, str] | None = None
+    table: TraceTable, phases: Phases, launched: NDArray[Any], user_table: Mapping[str, str] | None = None
 ) -> DeviceRoles:
     """Sort device work into roles. ``launched[row]`` is the runtime call that launched a device row, or -1.
 
@@ -201,7 +205,7 @@ def device_roles(
 
 
 def kernel_roles(
-    table: TraceTable, phases: Phases, launched: NDArray[np.intp], user_table: Mapping[str, str] | None = None
+    table: TraceTable, phases: Phases, launched: NDArray[Any], user_table: Mapping[str, str] | None = None
 ) -> KernelRoles:
     """The role of every device row by the first evidence that speaks (the module's table).
 
@@ -216,7 +220,7 @@ def kernel_roles(
 
 
 def _kernel_roles(
-    table: TraceTable, phases: Phases, launched: NDArray[np.intp], user_table: Mapping[str, str]
+    table: TraceTable, phases: Phases, launched: NDArray[Any], user_table: Mapping[str, str]
 ) -> KernelRoles:
     role, evidence = np.full(len(table), -1, np.int8), np.full(len(table), -1, np.int8)
     kernel = table.is_kind(Kind.KERNEL)
@@ -234,8 +238,7 @@ def _kernel_roles(
     settle(kernel & by_launch, "communication", "launch")
     named_compute = table.named(COMPUTE_KERNEL.search)
     settle(kernel & ~named_compute & table.named(COLLECTIVE_KERNEL.search), "communication", "name")
-    moment = np.where(launched >= 0, table.start[launched], np.iinfo(np.int64).min)
-    settle(kernel & contains(phases.ranges["optimizer"], moment), "optimizer", "launch")
+    settle(kernel & _launched_in(table, launched, phases.ranges["optimizer"]), "optimizer", "launch")
     settle(kernel & computed, "compute", "launch")
     settle(kernel & named_compute, "compute", "name")
     settle(kernel & _beside_collectives(table, kernel, role), "unknown", "stream")
@@ -270,23 +273,34 @@ def _names_with_argument(table: TraceTable, rows: Mask, argument: bytes) -> Mask
     codes, first = np.unique(table.name[at[order]], return_index=True)
     found = []
     for code, low, high in zip(codes.tolist(), first.tolist(), [*first[1:].tolist(), at.size], strict=True):
-        sample = at[order[np.unique(np.linspace(low, high - 1, _SAMPLE).astype(np.intp))]].tolist()
+        sample = at[order[sorted(set(np.linspace(low, high - 1, _SAMPLE).astype(np.intp).tolist()))]].tolist()
         if 2 * sum(argument in bytes(table.args[one]) for one in sample) >= len(sample):
             found.append(code)
-    return np.isin(table.name, found)
+    named = np.zeros(len(table.names), np.bool_)
+    named[found] = True
+    return look_up(named, table.name)
 
 
-def _launchers(table: TraceTable, launched: NDArray[np.intp]) -> tuple[Mask, Mask]:
+def _launchers(table: TraceTable, launched: NDArray[Any]) -> tuple[Mask, Mask]:
     """(rows launched from inside a collective's own operator, rows launched from any other library operator)."""
-    nothing = np.zeros(len(table), np.bool_)
-    if not (launched >= 0).any():
-        return nothing, nothing
-    above = launching_operator(operators(table), launched)
-    known = above >= 0
-    collective, library = table.named(COLLECTIVE_LAUNCHER.match), table.named(LIBRARY_OP.match)
-    by_collective = known & collective[above]
-    operator = known & table.is_kind(Kind.CPU_OP)[above]
-    return by_collective, operator & library[above] & ~by_collective
+    by_collective, by_library = np.zeros(len(table), np.bool_), np.zeros(len(table), np.bool_)
+    rows = np.flatnonzero(launched >= 0)
+    if not rows.size:
+        return by_collective, by_library
+    above = launching_operator(operators(table), launched[rows])
+    rows, above = rows[above >= 0], above[above >= 0]
+    collective, library = table.names_that(COLLECTIVE_LAUNCHER.match), table.names_that(LIBRARY_OP.match)
+    by_collective[rows] = collective[table.name[above]]
+    by_library[rows] = library[table.name[above]] & (table.kind[above] == Kind.CPU_OP) & ~by_collective[rows]
+    return by_collective, by_library
+
+
+def _launched_in(table: TraceTable, launched: NDArray[Any], where: Intervals) -> Mask:
+    """Rows whose launch call starts in ``where``. ``[rows]``"""
+    out = np.zeros(len(table), np.bool_)
+    rows = np.flatnonzero(launched >= 0)
+    out[rows] = contains(where, table.start[launched[rows]])
+    return out
 
 
 def _beside_collectives(table: TraceTable, kernel: Mask, role: NDArray[np.int8]) -> Mask:
@@ -300,26 +314,26 @@ def _beside_collectives(table: TraceTable, kernel: Mask, role: NDArray[np.int8])
     every = np.bincount(table.thread[kernel], minlength=streams)
     if not ((every > 0) & (yes == 0)).any():
         return np.zeros(len(table), np.bool_)
-    mine: Mask = ((yes > 0) & (no == 0))[table.thread]
-    return mine
+    return look_up((yes > 0) & (no == 0), table.thread)
 
 
-def launches(table: TraceTable) -> NDArray[np.intp]:
+def launches(table: TraceTable) -> NDArray[Any]:
     """For every row the runtime call with the same correlation id, or -1. One call may launch many rows (graphs)."""
     return table.once("launches", lambda: _launches(table))
 
 
-def _launches(table: TraceTable) -> NDArray[np.intp]:
-    out = np.full(len(table), -1, np.intp)
-    device, runtime = np.flatnonzero(table.device_rows), np.flatnonzero(table.is_kind(Kind.RUNTIME))
+def _launches(table: TraceTable) -> NDArray[Any]:
+    out = np.full(len(table), -1, row_type(len(table)))
+    device, runtime = row_numbers(table.device_rows), row_numbers(table.is_kind(Kind.RUNTIME))
     ids = table.correlation[runtime]
     runtime, ids = runtime[ids >= 0], ids[ids >= 0]
     if not device.size or not runtime.size:
         return out
     order = np.argsort(ids, kind="stable")
     wanted = table.correlation[device]
-    at = np.minimum(np.searchsorted(ids[order], wanted), order.size - 1)
-    found = (ids[order][at] == wanted) & (wanted >= 0)
+    ids = ids[order]
+    at = np.minimum(np.searchsorted(ids, wanted), order.size - 1)
+    found = (ids[at] == wanted) & (wanted >= 0)
     out[device[found]] = runtime[order[at[found]]]
     return out
 
@@ -350,7 +364,7 @@ def cpu_compute(table: TraceTable, threads: list[int]) -> Intervals:
 
 def host_activity(table: TraceTable, threads: list[int]) -> tuple[Intervals, Intervals]:
     """(moments with any event of the host's threads, moments blocked in a synchronising call)."""
-    here = np.isin(table.thread, threads)
+    here = table.on_threads(threads)
     kinds = table.is_kind(Kind.CPU_OP, Kind.ANNOTATION, Kind.RUNTIME)
     active = table.intervals(here & kinds & ~table.named(STEP.match))
     blocked = table.intervals(here & table.is_kind(Kind.RUNTIME) & table.named(SYNCHRONIZE.search))

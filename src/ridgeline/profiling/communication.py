@@ -103,7 +103,7 @@ def collective_calls(table: TraceTable, threads: list[int]) -> NDArray[np.intp]:
     """Rows of the ``c10d`` calls of these threads that communicate; of nested ones (a functional collective and what it
     calls) the innermost."""
     names = table.named(lambda name: re.match(r"_?c10d(_functional)?::", name) and operation(name))
-    chosen = table.is_kind(Kind.CPU_OP) & np.isin(table.thread, threads) & names
+    chosen = table.is_kind(Kind.CPU_OP) & table.on_threads(threads) & names
     parents = nest(table, chosen).parent[chosen]
     chosen[parents[parents >= 0]] = False
     return np.flatnonzero(chosen)
@@ -126,7 +126,7 @@ def host_collectives(table: TraceTable, threads: list[int]) -> Collectives:
 
 def host_communication(table: TraceTable, threads: list[int], collectives: Collectives) -> Intervals:
     """Every moment a collective was under way on a CPU backend: queued, transferring, or being called."""
-    calls = np.isin(table.thread, threads) & table.is_kind(Kind.CPU_OP) & table.named(COLLECTIVE_OP.match)
+    calls = table.on_threads(threads) & table.is_kind(Kind.CPU_OP) & table.named(COLLECTIVE_OP.match)
     return merge(collectives.occupied, table.intervals(calls))
 
 

@@ -39,8 +39,10 @@ def union(start: Times, end: Times) -> Intervals:
     start, end = start[keep], end[keep]
     if not start.size:
         return empty()
-    order = np.argsort(start, kind="stable")
-    start, reach = start[order], np.maximum.accumulate(end[order])
+    if (start[1:] < start[:-1]).any():  # a table's rows come sorted
+        order = np.argsort(start, kind="stable")
+        start, end = start[order], end[order]
+    reach = np.maximum.accumulate(end)
     first = np.concatenate(([True], start[1:] > reach[:-1]))
     last = np.concatenate((first[1:], [True]))
     return Intervals(start[first], reach[last])

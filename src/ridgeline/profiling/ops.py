@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from ridgeline.profiling.classify import COMPILED_CALL, TRANSFER
 from ridgeline.profiling.intervals import Times, contains, union
-from ridgeline.profiling.table import Kind, Mask, TraceTable
+from ridgeline.profiling.nesting import trees
+from ridgeline.profiling.table import Kind, Mask, TraceTable, distinct, row_numbers
 
 MATMUL = re.compile(
     r"^aten::(mm|addmm|bmm|baddbmm|_scaled_mm|mkldnn_linear|mkldnn_convolution|_convolution|cudnn_convolution|"
@@ -41,24 +42,15 @@ def self_times(start: Times, end: Times, thread: NDArray[np.int32]) -> Times:
     """
     own: Times = np.maximum(end - start, 0)
     timed = end > start  # an empty event has no time of its own and no children
-    for one in np.unique(thread[timed]).tolist():
-        rows = np.flatnonzero(timed & (thread == one))
-        depth = _depths(start[rows], end[rows])
-        for level in range(1, int(depth.max()) + 1):
-            children, above = rows[depth == level], rows[depth == level - 1]
-            parents = above[np.searchsorted(above, children) - 1]
-            inside = np.clip(np.minimum(end[children], end[parents]) - start[children], 0, None)
-            np.subtract.at(own, parents, inside)
+    for one in distinct(thread):
+        for rows, depth in trees(start, end, row_numbers(timed & (thread == one))):
+            for level in range(1, int(depth.max()) + 1):
+                children, above = rows[depth == level], rows[depth == level - 1]
+                parents = above[np.searchsorted(above, children) - 1]
+                inside = np.clip(np.minimum(end[children], end[parents]) - start[children], 0, None)
+                np.subtract.at(own, parents, inside)
     np.maximum(own, 0, out=own)
     return own
-
-
-def _depths(start: Times, end: Times) -> Times:
-    """How many earlier rows are open at each row's start. It rises by at most one from row to row, so a row of
-    depth d > 0 always has an earlier row of depth d - 1."""
-    closed = np.searchsorted(np.sort(end), start, side="right").astype(np.int64)
-    depth: Times = np.arange(start.size, dtype=np.int64) - closed
-    return depth
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,7 @@ def op_times(table: TraceTable, threads: list[int], low: Times, high: Times) -> 
 
 def _host_ops(table: TraceTable, threads: list[int]) -> Mask:
     """CPU ops and compiled calls of the host's threads, and the transfers of a CPU backend's worker threads."""
-    here = np.isin(table.thread, threads)
+    here = table.on_threads(threads)
     calls = table.is_kind(Kind.ANNOTATION) & table.named(COMPILED_CALL.match)
     moves = table.is_kind(Kind.ANNOTATION, Kind.CPU_OP) & table.named(TRANSFER.match)
     return (here & (table.is_kind(Kind.CPU_OP) | calls)) | moves

@@ -8,7 +8,7 @@ needs (correlation, stream, device) is a column.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple, TypeVar
@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ridgeline.profiling.intervals import Intervals, Times, union
+from ridgeline.profiling.intervals import Intervals, Times, merge, union
 
 Mask = NDArray[np.bool_]
 _Made = TypeVar("_Made")
@@ -130,11 +130,46 @@ class Mark(NamedTuple):
     args: bytes
 
 
-def look_up(values: NDArray[Any], codes: NDArray[np.int32]) -> NDArray[Any]:
+_BLOCK = 1 << 18
+"""Rows worked on at once where a whole column's temporaries would be a good part of a large table."""
+
+
+def look_up(values: NDArray[Any], codes: NDArray[np.integer[Any]]) -> NDArray[Any]:
     """``values[codes]``, in blocks: indexing with narrow codes at once would first make wide ones. ``[codes]``"""
     out = np.empty(codes.size, values.dtype)
-    for at in range(0, codes.size, 1 << 18):
-        out[at : at + (1 << 18)] = values[codes[at : at + (1 << 18)]]
+    for at in range(0, codes.size, _BLOCK):
+        out[at : at + _BLOCK] = values[codes[at : at + _BLOCK]]
+    return out
+
+
+def distinct(codes: NDArray[np.integer[Any]]) -> list[int]:
+    """The values of ``codes``, sorted, without negative ones. For codes, whose largest value is small."""
+    seen = np.zeros(int(codes.max(initial=-1)) + 2, np.bool_)  # -1 falls on the last
+    for at in range(0, codes.size, _BLOCK):
+        seen[codes[at : at + _BLOCK]] = True
+    found: list[int] = np.flatnonzero(seen[:-1]).tolist()
+    return found
+
+
+def values(numbers: NDArray[np.integer[Any]]) -> list[int]:
+    """The values of ``numbers``, sorted."""
+    ordered = np.sort(numbers)
+    found: list[int] = ordered[np.append(True, ordered[1:] != ordered[:-1])[: ordered.size]].tolist()
+    return found
+
+
+def row_type(count: int) -> type[np.int32] | type[np.int64]:
+    """What row numbers of a table of ``count`` rows are kept in."""
+    return np.int32 if count < 2**31 else np.int64
+
+
+def row_numbers(mask: Mask) -> NDArray[Any]:
+    """``np.flatnonzero(mask)``, as narrow as row numbers can be."""
+    out, at = np.empty(int(np.count_nonzero(mask)), row_type(mask.size)), 0
+    for low in range(0, mask.size, _BLOCK):
+        found = np.flatnonzero(mask[low : low + _BLOCK])
+        out[at : at + found.size] = found + low
+        at += found.size
     return out
 
 
@@ -176,12 +211,27 @@ class TraceTable:
 
     def named(self, test: Callable[[str], Any]) -> Mask:
         """Rows whose name passes ``test``, which is called once per distinct name. ``[rows]``"""
-        verdicts = np.fromiter((bool(test(name)) for name in self.names), np.bool_, len(self.names))
-        return look_up(verdicts, self.name)
+        return look_up(self.names_that(test), self.name)
+
+    def names_that(self, test: Callable[[str], Any]) -> Mask:
+        """Which names pass ``test``. ``[names]``"""
+        return np.fromiter((bool(test(name)) for name in self.names), np.bool_, len(self.names))
+
+    def on_threads(self, threads: Iterable[int]) -> Mask:
+        """Rows of these threads. ``[rows]``"""
+        wanted = np.zeros(len(self.threads), np.bool_)
+        wanted[list(threads)] = True
+        return look_up(wanted, self.thread)
 
     def intervals(self, rows: Mask | NDArray[np.intp]) -> Intervals:
         """The union of these rows' spans."""
-        return union(self.start[rows], self.end[rows])
+        if rows.dtype != np.bool_ or rows.size <= _BLOCK:
+            return union(self.start[rows], self.end[rows])
+        parts = []
+        for low in range(0, rows.size, _BLOCK):
+            block = slice(low, low + _BLOCK)
+            parts.append(union(self.start[block][rows[block]], self.end[block][rows[block]]))
+        return merge(*parts)
 
     @property
     def device_rows(self) -> Mask:

@@ -160,7 +160,7 @@ def _device_rows(table: TraceTable, user_table: UserTable) -> list[tuple[Any, ..
     if not kernels.size:
         return []
     host = _host_nesting(table)
-    above = launching_operator(host, launched)[kernels]
+    above = launching_operator(host, launched[kernels])
     call = _climb(host, above, table.named(lambda name: name.startswith("c10d::")))
     record = _climb(host, above, table.named("record_param_comms".__eq__))
     ranges = _climb(host, above, table.named(classify.COLLECTIVE_LAUNCHER.match) & ~_record(table))
@@ -288,9 +288,7 @@ def _climb(host: Nesting, rows: Any, wanted: Mask) -> Any:
 
 def _outermost(host: Nesting, rows: Any) -> Any:
     """For each row the outermost one around it other than itself, or -1. ``[len(rows)]``"""
-    if not len(host.table):
-        return np.array(rows, np.intp)
-    root = np.where(rows >= 0, host.outermost()[rows], -1)
+    root = host.outermost(rows)
     return np.where(root == rows, -1, root)
 
 

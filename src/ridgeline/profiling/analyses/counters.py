@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ridgeline.profiling import classify
 from ridgeline.profiling.analyses.launches import streams, why_no_timeline
 from ridgeline.profiling.intervals import Times, total, union
-from ridgeline.profiling.table import Kind, TraceTable
+from ridgeline.profiling.table import Kind, TraceTable, values
 
 QUEUE_LIMIT = 1024
 """Launches after which CUDA's queue is full and the next launch call blocks."""
@@ -140,12 +140,12 @@ def _queues(table: TraceTable, window: tuple[int, int] | None) -> list[_Queue]:
         return []
     launched = classify.launches(table)
     low, high = window if window is not None else (int(table.start.min()), int(table.end.max()))
-    device, stream = streams(table)
     rows = np.flatnonzero(table.device_rows & (table.end >= table.start))
-    places, inverse = np.unique(np.stack([device[rows], stream[rows]], axis=1), axis=0, return_inverse=True)
+    device, stream = streams(table, rows)
     out = []
-    for at, (one, two) in enumerate(places.tolist()):
-        here = rows[inverse.reshape(-1) == at]
+    places = [(one, two) for one in values(device) for two in values(stream[device == one])]
+    for one, two in places:
+        here = rows[(device == one) & (stream == two)]
         call, begun, known = _enqueued(table, here, launched)
         event = (begun, table.end[here][known])
         calls, which = np.unique(call[known], return_inverse=True)
@@ -219,14 +219,14 @@ def _copies(table: TraceTable, window: tuple[int, int] | None) -> list[_Copies]:
     if window is not None:
         rows = rows[(table.start[rows] >= window[0]) & (table.start[rows] < window[1])]
     sizes = np.array([-1 if one is None or one.bytes is None else one.bytes for one in table.decode(rows, _Bytes)])
-    device = streams(table)[0][rows]
+    device = streams(table, rows)[0]
     codes, inverse = np.unique(table.name[rows], return_inverse=True)
     directions = np.array([_direction(table.names[code]) for code in codes.tolist()], object)
     kinds = np.where(table.kind[rows] == Kind.MEMSET, "memset", directions[inverse])
     out = []
     for one, kind in sorted(set(zip(device.tolist(), kinds.tolist(), strict=True))):
         here = (device == one) & (kinds == kind)
-        rated = here & (sizes >= 0) & (table.duration[rows] > 0)
+        rated = here & (sizes >= 0) & (table.end[rows] > table.start[rows])
         start, end = table.start[rows[rated]], table.end[rows[rated]]
         out.append(_Copies(one, kind, start, end, sizes[rated].astype(np.int64), int(here.sum() - rated.sum())))
     return out

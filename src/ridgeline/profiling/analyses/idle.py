@@ -18,7 +18,8 @@ is then what lies in a named range, ``unknown`` what lies in none.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -43,7 +44,7 @@ from ridgeline.profiling.intervals import (
     union,
 )
 from ridgeline.profiling.nesting import nest
-from ridgeline.profiling.table import Kind, Mask, TraceTable
+from ridgeline.profiling.table import Kind, Mask, TraceTable, distinct, row_numbers, values
 
 HOST_LATE = ("data_loader", "garbage_collection", "synchronization", "operators", "python")
 """Causes of a launch call that began after the device had run dry: what its thread did until then."""
@@ -203,25 +204,31 @@ def _all_gaps(
         return _host_gaps(table, low, high, idle_gap_ns)
     launched, host = classify.launches(table), _Host(table)
     live = table.device_rows & (table.end > table.start) & (table.start < high) & (table.end > low)
-    device, stream = streams(table)
+    rows = row_numbers(live)
     out = []
-    for one in np.unique(device[live]).tolist():
-        here = live & (device == one)
-        groups: list[tuple[int | None, Mask]] = [(None, here)]
-        groups += [(two, here & (stream == two)) for two in np.unique(stream[here]).tolist()]
-        for two, rows in groups:
-            begin, end, before, after = _holes(table, np.flatnonzero(rows), low, high)
-            parts, thread = _split(table, host, launched, (begin, end, before, after), launch_latency_ns)
-            busy = clip(table.intervals(rows), low, high)
-            span, drained = int(busy.end[-1] - busy.start[0]), host.blocked_at(thread, begin)
-            out.append(_Gaps(one, two, begin, end, parts, after, thread, drained, span))
+    for one, two, mine in _places(*streams(table, rows)):
+        holes = _holes(table, rows[mine], low, high)
+        begin, end, _, after = holes
+        parts, thread = _split(table, host, launched, holes, launch_latency_ns)
+        busy = clip(table.intervals(rows[mine]), low, high)
+        span, drained = int(busy.end[-1] - busy.start[0]), host.blocked_at(thread, begin)
+        out.append(_Gaps(one, two, begin, end, parts, after, thread, drained, span))
     return out
+
+
+def _places(device: Times, stream: Times) -> Iterator[tuple[int, int | None, Mask]]:
+    """Every device (stream None) and then each of its streams, and which rows are theirs."""
+    for one in values(device):
+        here = device == one
+        yield one, None, here
+        for two in values(stream[here]):
+            yield one, two, here & (stream == two)
 
 
 _Holes = tuple[Times, Times, NDArray[np.intp], NDArray[np.intp]]
 
 
-def _holes(table: TraceTable, rows: NDArray[np.intp], low: int, high: int) -> _Holes:
+def _holes(table: TraceTable, rows: NDArray[Any], low: int, high: int) -> _Holes:
     """(start, end, row that ended last before, row that starts next) of the holes between ``rows`` (in time order)."""
     start, end = np.maximum(table.start[rows], low), np.minimum(table.end[rows], high)
     reach = np.maximum.accumulate(end)
@@ -244,19 +251,26 @@ class _Host:
         # Some captures hold the waits as events of their own and no runtime calls.
         waits = table.is_kind(Kind.SYNC) & table.named(lambda name: name in _BLOCKING)
         self.waits = empty() if self.blocking.any() else table.intervals(waits)
+        self._causes: dict[int, list[Intervals]] = {}
+        self._in_wait: dict[int, Intervals] = {}
 
     def causes(self, thread: int) -> list[Intervals]:
         """Disjoint sets for the causes of ``HOST_LATE`` but the last, which is what they leave."""
-        work = self.table.intervals(self.at_work & (self.table.thread == thread))
-        return disjoint(self.data, self.garbage, self._blocked(thread), work)
+        if thread not in self._causes:
+            work = self.table.intervals(self.at_work & (self.table.thread == thread))
+            self._causes[thread] = disjoint(self.data, self.garbage, self._blocked(thread), work)
+        return self._causes[thread]
 
     def _blocked(self, thread: int) -> Intervals:
-        return merge(self.table.intervals(self.blocking & (self.table.thread == thread)), self.waits)
+        if thread not in self._in_wait:
+            calls = self.table.intervals(self.blocking & (self.table.thread == thread))
+            self._in_wait[thread] = merge(calls, self.waits)
+        return self._in_wait[thread]
 
     def blocked_at(self, thread: NDArray[np.int32], moment: Times) -> Mask:
         """Whether ``thread[i]`` was in a synchronising call at ``moment[i]``. ``[moments]``"""
         out = np.zeros(moment.size, np.bool_)
-        for one in np.unique(thread[thread >= 0]).tolist():
+        for one in distinct(thread):
             here = thread == one
             out[here] = contains(self._blocked(one), moment[here])
         return out
@@ -268,7 +282,7 @@ def garbage_rows(table: TraceTable) -> Mask:
 
 
 def _split(
-    table: TraceTable, host: _Host, launched: NDArray[np.intp], holes: _Holes, latency: int
+    table: TraceTable, host: _Host, launched: NDArray[Any], holes: _Holes, latency: int
 ) -> tuple[Times, NDArray[np.int32]]:
     """(parts ``[causes, gaps]``, launching thread ``[gaps]``). Each gap's parts sum to its length."""
     begin, end, before, after = holes
@@ -286,7 +300,7 @@ def _split(
     parts["launch_overhead"] = np.where(split, started - begun, 0)
     parts["kernel_wait"] = np.where(split, end - started, 0)
     out = np.stack([parts[cause] for cause in CAUSES])
-    for one in np.unique(thread[split & (begun > begin)]).tolist():
+    for one in distinct(thread[split & (begun > begin)]):
         late = np.flatnonzero(split & (thread == one) & (begun > begin))
         for at, cause in enumerate(host.causes(one)):
             out[at, late] = covered(cause, begin[late], begun[late])
@@ -300,7 +314,7 @@ def _host_gaps(table: TraceTable, low: int, high: int, idle_gap_ns: int) -> list
     threads = classify.host_threads(table)
     steps = classify.step_rows(table)
     span = clip(table.intervals(steps) if steps.size else union(np.array([low]), np.array([high])), low, high)
-    here = np.isin(table.thread, threads)
+    here = table.on_threads(threads)
     work = here & (table.is_kind(Kind.CPU_OP, Kind.RUNTIME) | _compiled(table))
     collectives = host_collectives(table, threads)
     active = merge(table.intervals(work), host_communication(table, threads, collectives))

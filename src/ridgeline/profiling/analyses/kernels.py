@@ -13,7 +13,8 @@ operators' own times (without what they call), in the same columns.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,10 +24,11 @@ from numpy.typing import NDArray
 from ridgeline.errors import UserError, nearest
 from ridgeline.profiling import classify
 from ridgeline.profiling.analyses.launches import texts, why_no_timeline
+from ridgeline.profiling.codes import Codes
 from ridgeline.profiling.intervals import Times
 from ridgeline.profiling.nesting import Nesting, nest
 from ridgeline.profiling.ops import op_times
-from ridgeline.profiling.table import Kind, Mask, TraceTable
+from ridgeline.profiling.table import Kind, Mask, TraceTable, distinct
 
 By = Literal["name", "operator", "module", "shape"]
 KEYS: dict[str, tuple[str, ...]] = {
@@ -77,16 +79,10 @@ def kernel_breakdown(table: TraceTable, by: By = "name", window: tuple[int, int]
     if by not in KEYS:
         raise UserError(f"kernels by '{by}': no such grouping{nearest(by, KEYS)}")
     work = _work(table, window) if why_empty(table, by) is None else _nothing()
-    keys = dict(zip(KEYS[by], _keys(table, work, by), strict=True))
-    frame = pl.DataFrame(
-        {
-            **keys,
-            "role": texts(ROLES, work.role),
-            "time": work.time,
-        }
-    )
+    keys = dict(zip(KEYS[by], _keys(table, work, by), strict=True)) | {"role": (ROLES, work.role)}
+    frame = pl.DataFrame({**{key: codes for key, (_, codes) in keys.items()}, "time": work.time})
     time = pl.col("time")
-    grouped = frame.group_by([*keys, "role"]).agg(
+    grouped = frame.group_by(list(keys)).agg(
         count=pl.len().cast(pl.Int64),
         sum_ns=time.sum(),
         min_ns=time.min(),
@@ -94,8 +90,9 @@ def kernel_breakdown(table: TraceTable, by: By = "name", window: tuple[int, int]
         max_ns=time.max(),
     )
     whole = max(int(work.time.sum()), 1)
-    shared = grouped.with_columns(share=pl.col("sum_ns") / whole)
-    return shared.sort(["sum_ns", *keys, "role"], descending=[True] + [False] * (len(keys) + 1))
+    named = {key: texts(labels, grouped[key].to_numpy()) for key, (labels, _) in keys.items()}
+    shared = grouped.with_columns(share=pl.col("sum_ns") / whole, **named)
+    return shared.sort(["sum_ns", *keys], descending=[True] + [False] * len(keys))
 
 
 def why_empty(table: TraceTable, by: By = "name") -> str | None:
@@ -109,7 +106,7 @@ def why_empty(table: TraceTable, by: By = "name") -> str | None:
         return "no module in this trace: capture with with_stack=True and load with stacks=True"
     if by == "shape" and table.meta.streamed:
         return "no input shapes: a trace of this size is streamed, and the arguments of operators are not kept"
-    if by == "shape" and not (_dims(table, np.flatnonzero(table.is_kind(Kind.CPU_OP))) != "").any():
+    if by == "shape" and not _dims(table, np.flatnonzero(table.is_kind(Kind.CPU_OP)))[1].any():
         return "no input shapes in this trace: capture with record_shapes=True"
     return None
 
@@ -145,12 +142,18 @@ def _device_work(table: TraceTable, low: int, high: int) -> _Work:
     )
     role = np.select([mask[rows] for mask in masks], range(len(masks)), len(masks)).astype(np.int8)
     call = np.maximum(launched[rows], 0)
-    return _Work(rows, table.duration[rows], role, table.thread[call], table.start[call], launched[rows] >= 0)
+    return _Work(
+        rows, table.end[rows] - table.start[rows], role, table.thread[call], table.start[call], launched[rows] >= 0
+    )
 
 
-def _keys(table: TraceTable, work: _Work, by: By) -> list[pl.Series]:
+_Labelled = tuple[Sequence[str], NDArray[Any]]
+"""Distinct texts, and for every piece of work which of them is its own: long names are not written once a row."""
+
+
+def _keys(table: TraceTable, work: _Work, by: By) -> list[_Labelled]:
     if by == "name":
-        return [texts(table.names, table.name[work.rows])]
+        return [(table.names, table.name[work.rows])]
     if by == "module":
         return [_named(table, _modules(table, work), NO_MODULE)]
     owner = _owners(table, work)
@@ -158,10 +161,11 @@ def _keys(table: TraceTable, work: _Work, by: By) -> list[pl.Series]:
     return [operator] if by == "operator" else [operator, _dims(table, owner)]
 
 
-def _named(table: TraceTable, rows: NDArray[np.intp], missing: str) -> pl.Series:
+def _named(table: TraceTable, rows: NDArray[np.intp], missing: str) -> _Labelled:
     """The names of table rows, ``missing`` for -1."""
-    code = np.where(rows >= 0, table.name[rows], len(table.names)) if len(table) else rows
-    return texts([*table.names, missing], code)
+    labels = table.names if missing in table.names else (*table.names, missing)
+    code = np.where(rows >= 0, table.name[rows], labels.index(missing)) if len(table) else rows
+    return labels, code
 
 
 def operator_nesting(table: TraceTable) -> Nesting:
@@ -183,15 +187,17 @@ class _Dims(msgspec.Struct):
     old: msgspec.Raw = msgspec.field(name="Input dims", default=msgspec.Raw(b""))
 
 
-def _dims(table: TraceTable, owner: NDArray[np.intp]) -> pl.Series:
+def _dims(table: TraceTable, owner: NDArray[np.intp]) -> _Labelled:
     """The recorded input shapes of operator rows as compact text, empty for -1 and where there are none. ``[owner]``"""
+    codes = Codes({"": 0})
     rows, inverse = np.unique(owner, return_inverse=True)
     found = table.decode(np.maximum(rows, 0), _Dims) if len(table) else iter(())
     labels = [
         bytes(one.new or one.old).translate(None, b" \n\r\t").decode() if one is not None and row >= 0 else ""
         for row, one in zip(rows.tolist(), found, strict=False)
     ]
-    return texts(labels, inverse.reshape(-1))
+    label = codes.of(labels)
+    return list(codes), label[inverse.reshape(-1)]
 
 
 def _module_rows(table: TraceTable) -> Mask:
@@ -215,7 +221,7 @@ def _forward_of(table: TraceTable, thread: NDArray[np.int32], moment: Times) -> 
     target = operators.innermost(links.to_thread, links.to_time)
     ends = np.where(target >= 0, table.end[target], np.iinfo(np.int64).min)
     out_thread, out_time = np.full(thread.size, -1, np.int32), np.zeros(thread.size, np.int64)
-    for one in np.unique(thread).tolist():
+    for one in distinct(thread):
         asked = np.flatnonzero(thread == one)
         here = np.flatnonzero(links.to_thread == one)
         here = here[np.argsort(links.to_time[here], kind="stable")]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ridgeline.profiling import classify
 from ridgeline.profiling.intervals import Times
-from ridgeline.profiling.table import Kind, TraceTable
+from ridgeline.profiling.table import Kind, TraceTable, look_up, row_numbers
 
 LAUNCH_CALL = re.compile(r"Launch(?!HostFunc)|Memcpy|Memset", re.IGNORECASE)
 """Runtime calls that ask for device work: only to tell a trace that lost its device rows from one of the CPU alone."""
@@ -59,18 +59,21 @@ COLUMNS: dict[str, dict[str, str]] = {
 }
 
 
-def streams(table: TraceTable) -> tuple[Times, Times]:
-    """Device and stream of every row: of its arguments, else the numbers in its track's names, else -1. ``[rows]``"""
+def streams(table: TraceTable, rows: NDArray[Any] | None = None) -> tuple[Times, Times]:
+    """Device and stream of every row, or of ``rows``: of its arguments, else the numbers in its track's names, else -1.
+    ``[len(rows)]``"""
 
     def number(text: str) -> int:
         found = re.search(r"\d{1,18}", text)
         return int(found.group()) if found else -1
 
     tracks = np.array([(number(pid), number(tid)) for pid, tid in table.threads], np.int64).reshape(-1, 2)
-    device, stream = table.device.astype(np.int64), table.stream
+    device, stream, track = (
+        column if rows is None else column[rows] for column in (table.device, table.stream, table.thread)
+    )
     return (
-        np.where(device >= 0, device, tracks[table.thread, 0]),
-        np.where(stream >= 0, stream, tracks[table.thread, 1]),
+        np.where(device >= 0, device, look_up(tracks[:, 0], track)).astype(np.int64, copy=False),
+        np.where(stream >= 0, stream, look_up(tracks[:, 1], track)).astype(np.int64, copy=False),
     )
 
 
@@ -102,25 +105,23 @@ def launch_calls(table: TraceTable, window: tuple[int, int] | None = None) -> pl
     Events and calls that end before they start are left out (integrity reports them).
     """
     launched = classify.launches(table)
-    sound = (launched >= 0) & (table.end >= table.start)
-    sound &= (table.end >= table.start)[np.maximum(launched, 0)]
+    rows = row_numbers((launched >= 0) & (table.end >= table.start))
+    call = launched[rows]
+    sound = table.end[call] >= table.start[call]
     if window is not None:
-        begun = table.start[np.maximum(launched, 0)]
-        sound &= (begun >= window[0]) & (begun < window[1])
-    rows = np.flatnonzero(sound)
+        sound &= (table.start[call] >= window[0]) & (table.start[call] < window[1])
+    rows, call = rows[sound], call[sound]
     # Rows are in time order, so the first of each call is its earliest event.
-    calls, first, inverse, events = np.unique(
-        launched[rows], return_index=True, return_inverse=True, return_counts=True
-    )
+    calls, first, inverse, events = np.unique(call, return_index=True, return_inverse=True, return_counts=True)
     work = np.zeros(calls.size, np.int64)
-    np.add.at(work, inverse, table.duration[rows])
+    np.add.at(work, inverse, table.end[rows] - table.start[rows])
     head = rows[first]
     return pl.DataFrame(
         {
             "launch": texts(table.names, table.name[calls]),
             "correlation": table.correlation[calls],
             "start_ns": table.start[calls],
-            "call_ns": table.duration[calls],
+            "call_ns": table.end[calls] - table.start[calls],
             "delay_ns": table.start[head] - table.end[calls],
             "device_ns": work,
             "device_events": events.astype(np.int64),
