@@ -1,4 +1,12 @@
-"""Planted: the loop reads every element of a tensor as a Python number, each step."""
+"""Planted: the loop reads every element of a tensor as a Python number, each step. ``--abort``: the process aborts as it
+ends, as a library's destructors do now and then."""
+
+import atexit
+import os
+import sys
+
+if "--abort" in sys.argv:
+    atexit.register(os.abort)  # before torch is imported: after everything that registers later
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Planted: rank 1 does something else for 20 ms in every step, and rank 0 waits for it. Started by torchrun."""
+"""Planted: rank 1 does something else for 50 ms in every step, and rank 0 waits for it. Started by torchrun."""
 
 import time
 
@@ -14,7 +14,7 @@ def main():
     data = torch.randn(64, 64)
     while True:
         if dist.get_rank() == 1:
-            time.sleep(0.02)  # the planted line
+            time.sleep(0.05)  # the planted line
         loss = (model(data) - data).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -27,6 +27,9 @@ def serve(
     max_queue: int = typer.Option(64, "--max-queue", help="Sequences that may wait; beyond that 429."),
     max_context: int = typer.Option(None, "--max-context", help="Tokens of one sequence [default: the model's]."),
     max_tokens: int = typer.Option(None, "--max-tokens", help="Completion tokens a request may ask for."),
+    prefill_chunk: int = typer.Option(
+        None, "--prefill-chunk", help="Prompt tokens computed in one piece [default: 128 on CPU, 512 on CUDA]."
+    ),
     max_body_bytes: int = typer.Option(4 * 1024 * 1024, "--max-body-bytes", help="Request body; beyond that 413."),
     drain_seconds: float = typer.Option(120.0, "--drain-seconds", help="After SIGTERM, then open requests are cut."),
     stall_seconds: float = typer.Option(120.0, "--stall-seconds", help="A longer step counts as dead (/health/live)."),
@@ -52,6 +55,7 @@ def serve(
         max_context=max_context,
         max_queue=max_queue,
         max_tokens=max_tokens,
+        prefill_chunk=prefill_chunk,
         max_body_bytes=max_body_bytes,
         api_key=api_key,
         stall_seconds=stall_seconds,

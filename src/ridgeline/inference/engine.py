@@ -110,11 +110,13 @@ class Engine:
         compile: bool = True,
         device: str | None = None,
         kv_memory_bytes: int | None = None,
+        chunk: int | None = None,
     ) -> Engine:
         """Load a model folder (or hub id). With ``compile`` everything is compiled before this returns.
 
         ``max_context`` None takes the model's own, less when memory is short (see ``stats()["context"]``);
-        ``kv_memory_bytes`` None lets the cache take half of the free memory.
+        ``kv_memory_bytes`` None lets the cache take half of the free memory; ``chunk`` prompt tokens are computed in one
+        piece (None: see `CHUNK`).
 
         Raises:
             UserError: a value is not valid, or the model cannot be read.
@@ -132,6 +134,7 @@ class Engine:
             max_context=max_context,
             compile=compile,
             kv_memory_bytes=kv_memory_bytes,
+            chunk=chunk,
         )
 
     def submit(self, request: Request) -> None:

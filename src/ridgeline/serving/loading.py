@@ -35,7 +35,12 @@ def engine_loader(folder: Path, settings: ServeSettings, *, dtype: str, compile:
         from ridgeline.inference import Engine
 
         engine = Engine.load(
-            folder, dtype=dtype, max_batch=settings.max_batch, max_context=settings.max_context, compile=compile
+            folder,
+            dtype=dtype,
+            max_batch=settings.max_batch,
+            max_context=settings.max_context,
+            compile=compile,
+            chunk=settings.prefill_chunk,
         )
         if engine.tokenizer is None:
             raise UserError(f"{folder}: no tokenizer.json, so text cannot be read or written")

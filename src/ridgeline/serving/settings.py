@@ -13,7 +13,8 @@ class ServeSettings:
     """What one endpoint allows. Every limit is answered by a 4xx that names the field, never by a crash.
 
     ``max_batch`` sequences run at once and ``max_queue`` more may wait; beyond that a request is answered 429.
-    ``max_tokens`` caps the completion tokens of one sequence (None: whatever the context leaves).
+    ``max_tokens`` caps the completion tokens of one sequence (None: whatever the context leaves). ``prefill_chunk``
+    prompt tokens are computed in one piece (None: the engine's own choice).
     """
 
     name: str = "model"
@@ -23,6 +24,7 @@ class ServeSettings:
     max_context: int | None = None
     max_queue: int = 64
     max_tokens: int | None = None
+    prefill_chunk: int | None = None
     max_body_bytes: int = 4 * 1024 * 1024
     api_key: str | None = None
     body_seconds: float = 30.0
@@ -35,7 +37,7 @@ class ServeSettings:
         for field, lowest in (("max_batch", 1), ("max_queue", 0), ("max_body_bytes", 1), ("port", 0)):
             if getattr(self, field) < lowest:
                 raise UserError(f"{_flag(field)} is {getattr(self, field)}: at least {lowest}")
-        for field in ("max_context", "max_tokens"):
+        for field in ("max_context", "max_tokens", "prefill_chunk"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise UserError(f"{_flag(field)} is {value}: at least 1")

@@ -8,6 +8,7 @@ from ridgeline.profiling.improve.findings import Finding
 from ridgeline.profiling.improve.knobs import BY_NAME, OWN, Knob
 from ridgeline.profiling.improve.plan import Improvement, Row, improve
 from ridgeline.profiling.improve.proof import Gain, compare_losses, judge
+from ridgeline.profiling.improve.serving import Load, Served, parse_load
 from ridgeline.profiling.improve.trial import Plan
 
 __all__ = [
@@ -17,9 +18,12 @@ __all__ = [
     "Gain",
     "Improvement",
     "Knob",
+    "Load",
     "Plan",
     "Row",
+    "Served",
     "compare_losses",
     "improve",
     "judge",
+    "parse_load",
 ]

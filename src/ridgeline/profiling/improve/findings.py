@@ -22,6 +22,8 @@ from ridgeline.profiling.verdict import verdict
 WORTH_NAMING = 0.03
 """A finding of less than this share of the step is left out."""
 MANY_OPERATORS = 100
+BUSY = 0.2
+"""A loader that computes for this share of its wait is busy (on a shared core it cannot for much more), else it waits."""
 SMALL_SECONDS = 50e-6
 """Operators shorter than this on average cost mostly their own dispatch."""
 
@@ -59,7 +61,7 @@ def of_user_job(base: Baseline) -> list[Finding]:
     """Findings of a user's job, most seconds saved first."""
     found = [one for rule in RULES for one in rule(base)]
     named = {one.where for one in found if one.name != "idle"}
-    return _ranked([one for one in found if one.name != "idle" or one.where not in named], base.step_seconds)
+    return ranked([one for one in found if one.name != "idle" or one.where not in named], base.step_seconds)
 
 
 def of_own_job(breakdown: StepBreakdown, step_seconds: float, config: Mapping[str, Any], trace: str) -> list[Finding]:
@@ -73,10 +75,11 @@ def of_own_job(breakdown: StepBreakdown, step_seconds: float, config: Mapping[st
         advice = knob.permanent if knob else f"{one.knob} (not tried: it is no knob that leaves the training the same)"
         text = f"{one.part}: {one.how}"
         found.append(Finding(one.part, text, gain, interval, one.how, knob, advice, trace=trace))
-    return _ranked(found, step_seconds)
+    return ranked(found, step_seconds)
 
 
-def _ranked(found: list[Finding], step: float) -> list[Finding]:
+def ranked(found: list[Finding], step: float) -> list[Finding]:
+    """Those that may save a share of the ``step`` worth naming, most first."""
     worth = [one for one in found if one.predicted[1] >= WORTH_NAMING * step]
     return sorted(worth, key=lambda one: -one.predicted[1])
 
@@ -89,7 +92,7 @@ def _loader(base: Baseline) -> Iterator[Finding]:
         return
     loader = _main_loader(base, loaders)
     rest, cores = max(base.step_seconds - wait, 0.0), _cores_per_rank(base)
-    busy = cpu > 0.5 * wait
+    busy = cpu > BUSY * wait
     kind = "preprocessing each item in Python" if busy else "waiting in the dataset"
     where = _line_of(base, loader) or loader["item"]
     text = f"the step waits {wait:.4f} s for its batch: {kind} ({loader['dataset']}, {loader['workers']} workers)"
@@ -267,7 +270,7 @@ def _precision(base: Baseline) -> Iterator[Finding]:
     plain = all(one["dtypes"] == ["float32"] for one in base.facts["optimizers"])
     bf16_seen = any("bf16" in name or "bfloat16" in name for name in base.table.names)
     matmul = base.breakdown.matmul_seconds() * base.scale
-    if not plain or bf16_seen or not (base.facts["cuda"] or _processor_has_bf16()):
+    if not plain or bf16_seen or not (base.facts["cuda"] or processor_has_bf16()):
         return
     knob = knobs.autocast()
     text = f"{matmul:.4f} s of matrix products in fp32"
@@ -276,7 +279,8 @@ def _precision(base: Baseline) -> Iterator[Finding]:
     yield _finding(base, "precision", text, matmul, interval, how, knob, knob.permanent)
 
 
-def _processor_has_bf16() -> bool:
+def processor_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices in hardware."""
     info = Path("/proc/cpuinfo")
     text = info.read_text(errors="replace") if info.is_file() else ""
     return "amx_bf16" in text or "avx512_bf16" in text

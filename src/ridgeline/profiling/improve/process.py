@@ -15,6 +15,8 @@ from ridgeline.errors import JobError, UserError
 
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.02
+ABORTED = {code for one in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS) for code in (-one, 128 + one)}
+"""Exit codes of a process that a signal ended from inside, as its parent or a shell reports them."""
 _ERROR = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b.*)$")
 
 
@@ -85,6 +87,12 @@ def _signal(pids: set[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
+
+
+def aborted_at_exit(code: int, log: Path) -> bool:
+    """Whether a process that had written its results died as it ended, rather than of an exception."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return code in ABORTED and "Traceback (most recent call last)" not in text
 
 
 def last_words(log: Path) -> str:

@@ -12,13 +12,16 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ridgeline.errors import JobError, UserError
 from ridgeline.hardware.child import environment as clean_environment
 from ridgeline.profiling.improve import process
 from ridgeline.profiling.improve.injection import SPEC_VARIABLE
 from ridgeline.profiling.improve.knobs import Knob, merged
+
+if TYPE_CHECKING:
+    from ridgeline.profiling.improve.serving.outputs import Outputs
 
 INJECTION = Path(__file__).parent / "injection"
 OBSERVED_STEPS = 5
@@ -28,7 +31,8 @@ WINDOW_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Trial:
-    """What a run showed. ``losses`` are per step, summed over passes and ranks, which together are the global batch."""
+    """What a run showed. ``losses`` are per step, summed over passes and ranks, which together are the global batch.
+    A server has ``outputs`` instead, and its step is a pass over the load."""
 
     step_seconds: float
     losses: list[float]
@@ -37,6 +41,7 @@ class Trial:
     ranks: list[dict[str, Any]] = field(default_factory=list)
     traces: Path | None = None
     peak_memory_bytes: int = 0
+    outputs: Outputs | None = None
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,12 @@ def fitting(plan: Plan, knobs: Iterable[Knob], step_seconds: float) -> Plan:
 
 
 class Job(Protocol):
-    """A job that can be run again and again, each time in processes of its own. ``plan`` is of its baseline."""
+    """A job that can be run again and again, each time in processes of its own. ``plan`` is of its baseline; ``notes``
+    are what the user should know about runs that count all the same."""
 
     name: str
     plan: Plan
+    notes: list[str]
 
     def run(self, knobs: Sequence[Knob], plan: Plan, profile: bool = False, seed_offset: int = 0) -> Trial:
         """Run it with these knobs.
@@ -85,6 +92,7 @@ class UserJob:
             command = [sys.executable, *command]
         self.command, self.folder, self.plan = list(command), folder, plan
         self.name = next((Path(one).stem for one in command if one.endswith(".py")), Path(command[0]).name)
+        self.notes: list[str] = []
         self._count = 0
 
     def run(self, knobs: Sequence[Knob], plan: Plan, profile: bool = False, seed_offset: int = 0) -> Trial:
@@ -121,13 +129,17 @@ class UserJob:
 
     def _check(self, folder: Path, ranks: list[dict[str, Any]], code: int, plan: Plan, profile: bool) -> None:
         """Results of every rank, or one line that says what is missing. Their presence decides, not the exit code: gloo
-        now and then aborts in its destructors after all is done."""
-        least = min((one["steps"] for one in ranks), default=0)
+        now and then aborts in its destructors after all is done. Such an end is noted."""
+        least, log = min((one["steps"] for one in ranks), default=0), folder / "log.txt"
         needed = plan.warmup + plan.timed + OBSERVED_STEPS if profile else plan.warmup + self.plan.timed
-        if ranks and len(ranks) >= ranks[0]["world"] and least >= needed and (not profile or ranks[0]["complete"]):
+        complete = ranks and len(ranks) >= ranks[0]["world"] and least >= needed
+        complete = complete and (not profile or ranks[0]["complete"])
+        if code != 0 and (complete or (ranks and process.aborted_at_exit(code, log))):
+            self.notes.append(f"{folder.name} ended with exit code {code} after its results: {process.last_words(log)}")
+        elif code != 0:
+            raise JobError(f"failed: {process.last_words(log)}")
+        if complete:
             return
-        if code != 0:
-            raise JobError(f"failed: {process.last_words(folder / 'log.txt')}")
         if not any(folder.glob("loaded-*")):
             raise JobError("no process of the job imported torch under our hooks (a Python started with -I or -E?)")
         if not ranks:
@@ -176,6 +188,7 @@ class OwnJob:
         self.job = load_config(config, list(overrides))
         self.config, self.overrides, self.folder, self.plan = config, list(overrides), folder, plan
         self.name = self.job.data.name
+        self.notes: list[str] = []
         self._count = 0
 
     def run(self, knobs: Sequence[Knob], plan: Plan, profile: bool = False, seed_offset: int = 0) -> Trial:

@@ -61,15 +61,21 @@ class Sampler:
         self._sampler.start()
 
     def stop(self) -> None:
-        """End."""
+        """End, and wait for it: no sample is taken while the interpreter shuts down."""
         self._stop.set()
-        self._sampler.join(1.0)
+        if self._sampler.is_alive():
+            self._sampler.join()
 
     def _run(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
-            frame = sys._current_frames().get(self._thread)
-            if frame is not None:
-                self.counts[place(frame)] += 1
+            self._sample()
+
+    def _sample(self) -> None:
+        # A function of its own, so that no frame outlives the sample. The last one to hold a frame frees its locals: here
+        # that would be the job's tensors, whose destructors abort the process when this thread is ended inside one.
+        frame = sys._current_frames().get(self._thread)
+        if frame is not None:
+            self.counts[place(frame)] += 1
 
     def table(self, limit: int = 40) -> list[list[Any]]:
         """``[file:line, share of the samples]`` by share."""

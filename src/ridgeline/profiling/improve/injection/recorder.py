@@ -145,6 +145,8 @@ class Recorder:
         raise SystemExit(0)
 
     def _at_exit(self) -> None:
+        if self._sampler is not None and os.getpid() == self.pid:
+            self._sampler.stop()
         if self.steps and not self._done and os.getpid() == self.pid:
             self._write(complete=False)
 
