@@ -174,6 +174,50 @@ def test_the_backward_thread_is_followed_and_left_again():
     ]
 
 
+def test_a_backward_thread_of_which_a_sample_is_left_is_followed_too():
+    """Two nodes of a backward pass of 800 us are left: between them the backward thread is silent, not the main one."""
+    node = "autograd::engine::evaluate_function: MmBackward0"
+    recorded = [
+        event("ProfilerStep#1", 0, 1000, cat="user_annotation"),
+        event("aten::mm", 0, 100),
+        event(node, 120, 30, tid=2),
+        event(node, 850, 50, tid=2),
+        event("aten::add_", 930, 70),
+    ]
+    path = critical_path(table_of(recorded))
+    check_tiling(path, 0, 1_000_000)
+    assert steps(path) == [
+        ("operator", "aten::mm", 100.0),
+        ("thread hand-over", node, 20.0),
+        ("operator", node, 30.0),
+        ("host gap", "(no event)", 700.0),
+        ("operator", node, 50.0),
+        ("thread hand-over", node, 30.0),
+        ("operator", "aten::add_", 70.0),
+    ]
+    assert path["thread"].to_list() == ["1/1", "1/2", "1/2", "1/2", "1/2", "1/2", "1/1"]
+    # Another helper, whose work is no evidence that anyone waits for it, must fill half of the silence itself.
+    other = [{**one, "name": "gloo:all_reduce"} if one["tid"] == 2 else one for one in recorded]
+    assert ("host gap", "ProfilerStep#1", 830.0) in steps(critical_path(table_of(other)))
+    # A short backward pass in a long silence does not explain it.
+    brief = [*recorded[:3], recorded[-1]]
+    assert ("host gap", "ProfilerStep#1", 830.0) in steps(critical_path(table_of(brief)))
+
+
+@needs_traces
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_backward_pass_of_a_sampled_trace_is_on_the_backward_thread(rank):
+    """Its writer kept 34 of 223 ms of backward work a step: those 223 ms are the backward thread's all the same."""
+    table = load_table(TRACES / f"hta/trace_filter/sampled_rank-{rank}.json.gz")
+    path = critical_path(table)
+    gaps = path.filter((pl.col("type") == "host gap") & (pl.col("name") == "## backward ##"))
+    assert gaps["duration_ns"].sum() < 10_000_000
+    codes = table.thread[table.named(lambda name: name.startswith("autograd::engine::evaluate_function"))]
+    (thread,) = {"/".join(table.threads[code]) for code in codes.tolist()}
+    there = path.filter(pl.col("thread") == thread)["duration_ns"].sum()
+    assert there > 2 * 200_000_000
+
+
 def test_work_from_before_the_capture_has_no_cause():
     table = table_of([event("aten::x", 0, 50), kernel("old", 10, 90, 77)])
     assert steps(critical_path(table)) == [("not recorded", "old", 10), ("kernel", "old", 90)]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ridgeline.profiling.analyses.graph_base import Builder, Edge, Nodes, backward_threads, before, row_of
 from ridgeline.profiling.classify import COLLECTIVE_OP, host_threads
 from ridgeline.profiling.communication import pair_calls
-from ridgeline.profiling.intervals import covered, union
+from ridgeline.profiling.intervals import Intervals, Times, covered, union
 from ridgeline.profiling.table import Kind
 
 LEAST_WAIT_NS = 20_000
@@ -90,11 +90,15 @@ def waits_for_helpers(made: Builder) -> None:
     autograd = set(backward_threads(made.table)) - set(made.driving)
     for one in made.driving:
         for helper in sorted(others, key=lambda thread: (thread not in autograd, thread)):
-            _fill_silences(made, one, np.flatnonzero(outer & (table.thread == helper)))
+            _fill_silences(made, one, np.flatnonzero(outer & (table.thread == helper)), helper in autograd)
 
 
-def _fill_silences(made: Builder, driving: int, rows: Nodes) -> None:
-    """Bind the end of a silence of ``driving`` to the helper's last outermost row in it, when that fills half of it."""
+def _fill_silences(made: Builder, driving: int, rows: Nodes, autograd: bool) -> None:
+    """Bind the end of a silence of ``driving`` to the helper's last outermost row in it, when that fills half of it.
+
+    Autograd runs nodes only while a caller is blocked in its engine: from its first node in a silence to its last the
+    driving thread waits, also where the capture has nothing between two of them (a sampled trace).
+    """
     table, rows = made.table, rows[made.start_node[rows] >= 0]
     nodes = np.flatnonzero((made.row >= 0) & (table.thread[made.row] == driving))
     nodes = nodes[made.host_rows[made.row[nodes]] & np.isin(made.kind[nodes], (Edge.HOST_GAP, Edge.PYTHON))]
@@ -104,6 +108,17 @@ def _fill_silences(made: Builder, driving: int, rows: Nodes) -> None:
     low, high = made.time[made.back[nodes]], made.time[nodes]
     ends = np.sort(made.end_node[rows])
     last = before(ends, nodes)
-    fills = (high - low > LEAST_WAIT_NS) & (2 * covered(busy, low, high) >= high - low)
+    filled = _reach(busy, low, high) if autograd else covered(busy, low, high)
+    fills = (high - low > LEAST_WAIT_NS) & (2 * filled >= high - low)
     fills &= last > made.back[nodes]
     made.rebind(nodes[fills], last[fills], Edge.HANDOVER, made.row[last[fills]])
+
+
+def _reach(busy: Intervals, low: Times, high: Times) -> Times:
+    """From the first moment of ``busy`` in each ``[low, high)`` to the last; 0 where there is none. ns"""
+    first = np.searchsorted(busy.end, low, side="right")
+    last = np.searchsorted(busy.start, high) - 1
+    any_inside = last >= first
+    first, last = np.minimum(first, busy.end.size - 1), np.maximum(last, 0)
+    reach = np.minimum(busy.end[last], high) - np.maximum(busy.start[first], low)
+    return np.where(any_inside, reach, 0)
