@@ -83,14 +83,14 @@ def kernel_table(kernels: list[Any], device: str, most: int = 12) -> Table:
     for name in ("moves", "FLOP", "FLOP/B", "at best"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("bound by", no_wrap=True)
-    table.add_column("from", overflow="fold")
+    table.add_column("from", no_wrap=True, min_width=12)
     for one in sorted(kernels, key=lambda kernel: -(kernel.floor_seconds or 0.0))[:most]:
         place = f"{Path(one.sources[0]['file']).name}:{one.sources[0]['line']}" if one.sources else "-"
         intensity = "-" if one.intensity is None else f"{one.intensity:.3g}"
         floor = "-" if one.floor_seconds is None else _time(one.floor_seconds)
         flops = "-" if one.flops is None else human_count(one.flops)
         name = one.name.removeprefix("cpp_fused_").removeprefix("triton_").removeprefix("torch.ops.")
-        name = name if len(name) <= 20 else f"{name[:14]}...{name[-3:]}"
+        name = name if len(name) <= 17 else f"{name[:11]}...{name[-3:]}"
         table.add_row(name, _bytes(one.bytes_moved), flops, intensity, floor, one.bound, place)
     return table
 
