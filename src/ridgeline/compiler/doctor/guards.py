@@ -27,6 +27,8 @@ _LEAF = re.compile(r"^[|\s]*\+- ([A-Z_]+): (.*)$")
 _PLACE = re.compile(r"#\s(?P<code>[^#]*?)\s+# (?P<file>\S+):(?P<line>\d+) in ")
 READABLE = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.Load, ast.Index, ast.UnaryOp, ast.USub)
 UNKNOWN = "?"
+MOST_TEXTS = 2000
+_ADDRESS = re.compile(r"0x[0-9a-f]+|\b\d{9,}\b")
 
 
 @dataclass(frozen=True)
@@ -149,11 +151,14 @@ class Guards:
     sources: list[str]
     places: dict[str, tuple[str, int]]
     """Source to (code line, line number) of the first use that is known."""
+    texts: list[str]
+    """The guards themselves, without addresses, comments and the state of the process; at most :data:`MOST_TEXTS`."""
 
 
 def parse_guards(text: str) -> Guards:
     """Take apart ``dynamo_cpp_guards_str``."""
     count, by_source, places, source = 0, Counter[str](), dict[str, tuple[str, int]](), ""
+    texts: list[str] = []
     for line in text.splitlines():
         if found := _TREE.search(line):
             source = found.group(1)
@@ -162,9 +167,11 @@ def parse_guards(text: str) -> Guards:
             continue
         count += 1
         by_source[source or "shapes"] += 1
+        if len(texts) < MOST_TEXTS:
+            texts.append(_COMMENT.sub("", _ADDRESS.sub("#", f"{leaf.group(1)} {leaf.group(2)}")).strip())
         if (place := _PLACE.search(line)) and source not in places:
             places[plain(source)] = (place["code"].strip(), int(place["line"]))
-    return Guards(count, [f"{plain(name)} ({n})" for name, n in by_source.most_common(8)], places)
+    return Guards(count, [f"{plain(name)} ({n})" for name, n in by_source.most_common(8)], places, texts)
 
 
 def plain(source: str) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 KINDS: dict[str, str] = {
     "graph_break": "the graph ends here and a second one begins: Python runs in between",
-    "skipped_frame": "a function was given up: it runs in eager, whole",
     "recompile": "a guard failed: the same code was compiled again",
     "recompile_limit": "compiled too often: from here on the function runs in eager, silently",
     "backend_fallback": "the backend failed or handed the graph back: it runs in eager or under another backend",
@@ -22,11 +21,8 @@ KINDS: dict[str, str] = {
     "guard_cost": "checking the guards takes a good part of every call",
     "compile_failed": "the compiler raised and the program saw the error",
     "cache_miss": "a second start compiled again what the first one had compiled",
-    "cache_unusable": "the cache folder cannot be written: every start compiles anew",
     "slower_than_eager": "the compiled function is slower than the same function in eager",
-    "not_paid_back": "compiling took longer than all calls of this run have gained",
     "rank_divergence": "ranks compiled different things: the others wait for the one that compiles",
-    "never_compiled": "the program never compiles anything",
 }
 """Kinds of findings and what each means, one line."""
 
@@ -52,7 +48,8 @@ class Finding(_Record):
     ``count`` is how often the compiler met it, ``calls`` how often the running program did. ``lost_seconds`` is over
     the whole run. Keys of ``detail`` by kind:
 
-    - graph_break: ``gb`` (code such as ``GB0124``, or ""), ``hints`` (list), ``stack`` (list of ``file:line in f``)
+    - graph_break: ``gb`` (code such as ``GB0124``, or ""), ``hints`` (list), ``stack`` (list of ``file:line in f``),
+      ``skipped`` (the whole function runs in eager), ``run_seconds`` and ``compile_seconds`` (what is lost where)
     - recompile: ``guard``, ``source`` (``L['x'].size()[0]``), ``old``, ``new``, ``compile_seconds``, ``reasons`` (all)
     - recompile_limit: ``limit``, ``guard``; backend_fallback: ``backend``, ``error``
     - precision_lowered: ``backend``, ``error``, ``error_eager`` (both relative, against float64)
@@ -104,6 +101,7 @@ class Frame(_Record):
     run_seconds: float = 0.0
     failure: str = ""
     guard_sources: list[str] = field(default_factory=list)
+    cache: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -133,8 +131,8 @@ class Timing(_Record):
 class Observation(_Record):
     """All that one run of a program showed. ``steps`` are calls of the compiled function that leads a step.
 
-    ``exit`` is "ok", or one line that says how the program ended. ``phases`` sum the frames'. ``caches`` counts hits
-    and misses by cache. ``entries`` are the compiled functions: ``{"name", "file", "line", "backend", "calls"}``.
+    ``notes`` are lines for people: what could not be measured. ``phases`` sum the frames'. ``caches`` counts hits
+    and misses by cache. ``start_seconds`` is what steps that compiled took beyond a steady one. ``entries`` are the compiled functions: ``{"name", "file", "line", "backend", "calls"}``.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -149,9 +147,11 @@ class Observation(_Record):
     steps: int = 0
     wall_seconds: float = 0.0
     first_step_seconds: float = 0.0
+    start_seconds: float = 0.0
     step_seconds: float = 0.0
     timing: Timing | None = None
-    exit: str = "ok"
+    warm_caches: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     rank: int = 0
     world: int = 1
     torch: str = ""
@@ -169,7 +169,7 @@ class Observation(_Record):
     @property
     def fallbacks(self) -> int:
         """Silent events: something runs in eager, in another backend or in less precision than was asked for."""
-        return sum(one.kind in SILENT for one in self.findings)
+        return sum(one.kind in SILENT or bool(one.detail.get("skipped")) for one in self.findings)
 
     def summary(self) -> dict[str, Any]:
         """The ``before`` and ``after`` of ``--json``: headline figures alone."""
@@ -184,6 +184,7 @@ class Observation(_Record):
             "wall_seconds": self.wall_seconds,
             "step_seconds": self.step_seconds,
             "first_step_seconds": self.first_step_seconds,
+            "start_seconds": self.start_seconds,
             "lost_seconds": sum(one.lost_seconds for one in self.findings),
             "phases": self.phases,
             "caches": self.caches,
@@ -191,7 +192,7 @@ class Observation(_Record):
         }
 
 
-SILENT = frozenset(("skipped_frame", "recompile_limit", "backend_fallback", "precision_lowered", "cudagraphs_skipped"))
+SILENT = frozenset(("recompile_limit", "backend_fallback", "precision_lowered", "cudagraphs_skipped"))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ridgeline.compiler.doctor.guards import Failure, parse_failure, parse_guard
 from ridgeline.compiler.doctor.model import Observation
 from ridgeline.compiler.doctor.raw import EntryInfo, Raw, SeenBreak, SeenGraph, SeenRecompile
 from ridgeline.compiler.doctor.timing import Interleave, step_timing
-from ridgeline.compiler.internals.observe import Hooks, counts, current_compile_id
+from ridgeline.compiler.internals.observe import Hooks, counts, current_compile_id, keep_metrics, metrics
 
 _COUNTED = ("inductor", "aot_autograd")
 
@@ -48,6 +48,7 @@ class Observer:
 
     def __enter__(self) -> Observer:
         self._before = counts(*_COUNTED)
+        keep_metrics()
         self._began = time.perf_counter()
         self._hooks.install()
         return self
@@ -66,8 +67,19 @@ class Observer:
             made.timing = step_timing(self._raw.clock_entries, self.interleave.leader)
         return made
 
+    @property
+    def entries(self) -> int:
+        """Functions the program has compiled, called or not."""
+        return len(self._raw.entries)
+
+    def guard_texts(self) -> dict[str, list[str]]:
+        """Guards of every compilation, without addresses: the same on every rank that compiled the same."""
+        return {compile_id: one.texts for compile_id, one in self._raw.guards.items()}
+
     def _finish(self) -> None:
         raw = self._raw
+        if not self._hooks.trace:
+            raw.metrics = [{"compile_id": one.get("compile_id") or "", **_known(one)} for one in metrics()]
         raw.clock_graphs, raw.clock_entries = self._clock.graphs(), self._clock.entries()
         raw.compile_seconds = self._clock.compile_seconds
         raw.wall_seconds = time.perf_counter() - self._began
@@ -143,7 +155,8 @@ _METRICS = re.findall(
     "co_name co_filename co_firstlineno entire_frame_compile_time_s backend_compile_time_s inductor_compile_time_s "
     "code_gen_time_s dynamo_time_before_restart_s backward_cumulative_compile_time_us graph_op_count guard_count "
     "guard_latency_us fail_type fail_reason fail_user_frame_filename fail_user_frame_lineno is_forward duration_us "
-    "cudagraph_skip_reason recompile_reason has_guarded_code",
+    "inductor_fx_local_cache_hit_count inductor_fx_local_cache_miss_count "
+    "aotautograd_local_cache_hit_count aotautograd_local_cache_miss_count",
 )
 
 

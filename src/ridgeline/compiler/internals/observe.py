@@ -26,7 +26,7 @@ _VERSION = check_version("the doctor")
 
 from torch._dynamo import convert_frame, eval_frame, output_graph  # noqa: E402
 from torch._dynamo.callback import CallbackArgs, callback_handler  # noqa: E402
-from torch._dynamo.utils import counters  # noqa: E402
+from torch._dynamo.utils import counters, get_compilation_metrics, set_compilation_metrics_limit  # noqa: E402
 from torch._guards import CompileContext  # noqa: E402
 
 WARNING_LOGGERS = ("torch._dynamo", "torch._inductor", "torch._functorch")
@@ -250,6 +250,17 @@ def backend_name(callback: Any) -> str:
 def counts(*groups: str) -> dict[str, int]:
     """Dynamo's counters of these groups, ``group.name`` to count."""
     return {f"{group}.{name}": int(number) for group in groups for name, number in counters[group].items()}
+
+
+def keep_metrics(limit: int = 4096) -> None:
+    """Dynamo keeps the metrics of so many compilations; 64 are usual. Kept ones are forgotten."""
+    set_compilation_metrics_limit(0)
+    set_compilation_metrics_limit(limit)
+
+
+def metrics() -> list[dict[str, Any]]:
+    """One record per compilation since :func:`keep_metrics`, as plain data."""
+    return [dict(vars(one)) for one in get_compilation_metrics()]
 
 
 def current_compile_id() -> str:

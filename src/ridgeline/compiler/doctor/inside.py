@@ -1,0 +1,111 @@
+"""The doctor inside the program: started when the program has imported torch, writes one file when it ends.
+
+It needs torch and the standard library alone. Children made by ``fork`` write nothing; processes that import torch anew
+(spawned workers, ranks) each write their own file, and the session keeps those that compiled something.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from ridgeline.errors import UserError
+
+_COMPILE_WORKERS = ("torch._inductor.compile_worker", "compile_worker/__main__.py")
+
+
+def start(spec_file: str) -> None:
+    """Install the observer as ``spec_file`` says. A torch that is not supported is reported, and the program ends."""
+    if any(word in argument for argument in sys.orig_argv for word in _COMPILE_WORKERS):
+        return  # Inductor's own helpers
+    spec = json.loads(Path(spec_file).read_text(encoding="utf-8"))
+    folder = Path(spec["folder"])
+    threading.Thread(target=_end_at, args=(spec["deadline"],), daemon=True).start()
+    try:
+        from ridgeline.compiler.doctor.observe import Observer
+    except UserError as error:
+        _write(folder / f"refused-{os.getpid()}", str(error))
+        os._exit(2)
+    (folder / f"loaded-{os.getpid()}").touch()
+    for name in spec["hooks"]:
+        module, _, function = name.partition(":")
+        getattr(importlib.import_module(module), function)(spec)
+    observer = Observer(trace=spec["trace"], measure=spec["measure"])
+    observer.__enter__()
+    paths = None
+    if spec["compile_paths"]:
+        from ridgeline.compiler.doctor.paths import CompilePaths
+
+        paths = CompilePaths(spec["compile_paths"], spec["backend"])
+        paths.install()
+    report = _Report(folder, observer, paths)
+    atexit.register(report.write)
+    _before_exit(report)
+    os.register_at_fork(after_in_child=report.forget)
+
+
+class _Report:
+    """Writes the observation, once, in the process that made it."""
+
+    def __init__(self, folder: Path, observer: Any, paths: Any) -> None:
+        self.folder, self.observer, self.paths = folder, observer, paths
+        self._done = False
+
+    def forget(self) -> None:
+        """In a forked child: its parent writes."""
+        self._done = True
+
+    def write(self) -> None:
+        """``rankR-PID.json``, complete or not there at all."""
+        if self._done:
+            return
+        self._done = True
+        try:
+            self._write()
+        except Exception as error:  # a bug of ours: the session says so, instead of finding nothing
+            _write(self.folder / f"broken-{os.getpid()}", f"{type(error).__name__}: {error}")
+
+    def _write(self) -> None:
+        self.observer.__exit__(None, None, None)
+        observation = self.observer.observation()
+        observation.rank, observation.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        document: dict[str, Any] = {"observation": observation.to_dict()}
+        document["compiled"] = self.observer.entries
+        document["guards"] = self.observer.guard_texts()
+        if self.paths is not None:
+            document["unresolved"], document["seen_names"] = self.paths.unresolved(), self.paths.names()
+        _write(self.folder / f"rank{observation.rank}-{os.getpid()}.json", json.dumps(document, default=str))
+
+
+def _before_exit(report: _Report) -> None:
+    """``os._exit`` skips every exit handler; programs that fork use it in the parent too."""
+    original = os._exit
+
+    def leave(status: int) -> Any:
+        with contextlib.suppress(Exception):
+            report.write()
+        original(status)
+
+    os._exit = leave  # type: ignore[assignment]
+
+
+def _write(file: Path, text: str) -> None:
+    """Beside, then renamed: a reader never sees half."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def _end_at(deadline: float) -> None:
+    """A program that outlives the command that started it ends itself."""
+    while time.time() < deadline:
+        time.sleep(min(60.0, max(deadline - time.time(), 0.1)))
+    os.kill(os.getpid(), 9)
