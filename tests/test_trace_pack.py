@@ -21,6 +21,8 @@ from ridgeline.report.trace.path import on_path
 from ridgeline.report.trace_page import write_trace_report
 from trace_pages import decode, make_table, small, unpack
 
+HOST, GPU = ("1", "1"), ("0", "7")
+
 
 @given(st.lists(st.integers(0, 2**62)))
 @settings(max_examples=60, deadline=None)
@@ -70,6 +72,23 @@ def test_lanes_roles_steps_and_the_launch_partner():
     assert ordered[rows["sgemm_128"][7]][3] == "cudaLaunchKernel"
     assert rows["ncclDevKernel_AllReduce"][7] == -1 == rows["aten::mm"][7]
     assert packed.header["ranks"][0]["steps"] == [["ProfilerStep#3", 0, 1_000_000]]
+
+
+def test_python_frames_have_a_lane_of_their_own_below_the_threads_operators():
+    frames = [(f"f{at}", Kind.PYTHON, HOST, at, 100 - 2 * at, -1) for at in range(5)]
+    ops = [("aten::mm", Kind.CPU_OP, HOST, 10, 20, -1), ("launch", Kind.RUNTIME, HOST, 12, 3, 1)]
+    table = make_table([*frames, *ops, ("k", Kind.KERNEL, GPU, 20, 5, 1), ("r", Kind.GPU_ANNOTATION, GPU, 19, 9, -1)])
+    packed = pack([table])
+    assert [(row.lane, row.depth, row.name) for row in unpack(packed)] == [
+        ("thread 1", 0, "aten::mm"),
+        ("thread 1", 1, "launch"),
+        *[("thread 1 Python", at, f"f{at}") for at in range(5)],
+        ("device 0 stream 7 ranges", 0, "r"),
+        ("device 0 stream 7", 0, "k"),
+    ]
+    lanes = packed.header["ranks"][0]["lanes"]
+    assert [lane["part"] for lane in lanes] == ["", "python", "ranges", ""]
+    assert lanes[0]["thread"] == lanes[1]["thread"] != lanes[2]["thread"] == lanes[3]["thread"]
 
 
 def test_ranks_share_a_clock_unless_their_captures_do_not_overlap():
@@ -127,8 +146,6 @@ def test_too_many_events_leave_out_the_shortest_and_the_page_says_so(tmp_path):
 
 
 # ---- arguments and arrows
-
-HOST, GPU = ("1", "1"), ("0", "7")
 
 
 def called(*arguments, length=10):

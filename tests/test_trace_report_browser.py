@@ -8,8 +8,9 @@ import json
 import pytest
 
 from devtools import CHROMIUM, Browser
+from ridgeline.profiling.table import Kind
 from ridgeline.report.trace_page import write_trace_report
-from trace_pages import everything, small
+from trace_pages import everything, make_table, small
 
 READY = "window.__ridgeline && __ridgeline.ready"
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
@@ -313,6 +314,25 @@ def test_a_lane_folds_when_its_name_is_clicked(page):
     page.click_on("[data-act=fold]")
     page.click_on("[data-act=fold]")
     assert page.run(rows) == tall
+
+
+def test_python_frames_are_folded_until_one_of_them_is_chosen(browser, tmp_path):
+    """The launch lies in an operator and that in five frames; the kernel is called in all of them, outermost first."""
+    host, gpu = ("1", "1"), ("0", "7")
+    frames = [(f"m.py({at}): f", Kind.PYTHON, host, at, 100 - 2 * at, -1) for at in range(12)]
+    ops = [("aten::mm", Kind.CPU_OP, host, 20, 20, -1), ("cudaLaunchKernel", Kind.RUNTIME, host, 22, 3, 1)]
+    table = make_table([*frames, *ops, ("sgemm", Kind.KERNEL, gpu, 30, 5, 1)])
+    browser.errors.clear()
+    browser.open(write_trace_report([table], tmp_path / "t.html", "t", {}), READY)
+    assert browser.run("__ridgeline.data.lanes.map(lane => lane.open)") == [True, False, True]
+    browser.click(*middle(browser, "sgemm"))
+    calls = "[...document.querySelectorAll('#timeline-details .wide')].pop().querySelectorAll('button')"
+    names = [f"m.py({at}): f" for at in range(12)] + ["aten::mm"]
+    assert browser.run(f"[...{calls}].map(one => one.innerText || one.textContent)") == names
+    assert "5 calls further out" in details(browser)
+    browser.run(f"{calls}[11].click()")
+    assert details(browser).startswith("m.py(11): f") and browser.run("__ridgeline.data.lanes[1].open")
+    assert browser.errors == []
 
 
 def test_a_frame_of_the_call_tree_fills_the_width_when_chosen(page):

@@ -46,8 +46,8 @@ function placeRows(data, starts, lengths) {
   let i = 0;
   data.header.ranks.forEach((rank, rankAt) => {
     for (const lane of rank.lanes) {
-      const mine = { rank: rankAt, label: lane.label, kind: lane.kind, firstRow: data.rowFirst.length - 1,
-        rows: lane.rows.length, open: true };
+      const mine = { ...lane, rank: rankAt, firstRow: data.rowFirst.length - 1, rows: lane.rows.length };
+      mine.open = lane.part !== "python" || mine.rows < 4; // frames are deep, and asked for less often
       for (const count of lane.rows) {
         let now = 0;
         for (const stop = i + count; i < stop; i++) {

@@ -6,7 +6,7 @@ function describeEvent(timeline, i) {
   const { data } = timeline, { start, end, name, names } = data, row = rowOf(data, i), lane = data.lanes[data.rowLane[row]];
   const long = end[i] - start[i], inner = long - insideChildren(data, row, start[i], end[i]);
   const rows = [
-    ["duration", duration(long), `${long.toLocaleString("en")} ns${inner < long ? `, ${duration(inner)} its own` : ""}`],
+    ["duration", duration(long), `${long.toLocaleString("en")} ns${inner < long ? `, ${duration(inner)} ${lane.part === "python" ? "in no further frame" : "its own"}` : ""}`],
     ["start", duration(start[i]), `${start[i].toLocaleString("en")} ns after the start`],
     [lane.kind, lane.label, data.header.ranks[lane.rank].label],
     ["kind", data.roles[data.role[i] & 63] + (data.role[i] & 128 ? ", on the critical path" : ""), ""],
@@ -73,14 +73,18 @@ function callCells(data, i) {
   return out;
 }
 
-// The events of the same lane around one, outermost first.
+// The events of the same thread around one, outermost first: calls above it, and the Python frames open at its start.
 function enclosing(data, i) {
-  const row = rowOf(data, i), lane = data.lanes[data.rowLane[row]], out = [];
-  for (let up = row - 1; up >= lane.firstRow; up--) {
-    const above = nearest(data, up, data.start[i], 0);
-    if (above >= 0 && data.end[above] >= data.end[i]) out.unshift(above);
+  const row = rowOf(data, i), own = data.lanes[data.rowLane[row]], out = [];
+  for (const lane of data.lanes) {
+    if (lane !== own && (lane.rank !== own.rank || lane.thread !== own.thread || lane.kind !== "thread")) continue;
+    const stop = lane === own ? row : lane.firstRow + lane.rows;
+    for (let up = lane.firstRow; up < stop; up++) {
+      const above = nearest(data, up, data.start[i], 0);
+      if (above >= 0 && data.start[above] <= data.start[i] && data.end[above] >= data.end[i]) out.push(above);
+    }
   }
-  return out;
+  return out.sort((a, b) => data.start[a] - data.start[b] || data.end[b] - data.end[a]);
 }
 
 // ---- arguments

@@ -115,11 +115,11 @@ def _describe(rank: RankEvents, firsts: NDArray[np.intp]) -> dict[str, Any]:
     for at, count in zip(firsts.tolist(), counts.tolist(), strict=True):
         mine, depth = rows[int(rank.lane[at])], int(rank.depth[at])
         mine += [0] * (depth - len(mine)) + [count]
-    return {
-        "label": rank.label,
-        "lanes": [{"label": one.label, "kind": one.kind, "rows": r} for one, r in zip(rank.lanes, rows, strict=True)],
-        "steps": rank.steps,
-    }
+    lanes = [
+        {"label": lane.label, "kind": lane.kind, "thread": lane.thread, "part": lane.part, "rows": mine}
+        for lane, mine in zip(rank.lanes, rows, strict=True)
+    ]
+    return {"label": rank.label, "lanes": lanes, "steps": rank.steps}
 
 
 def varint(values: Codes) -> bytes:

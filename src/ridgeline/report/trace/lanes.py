@@ -1,4 +1,8 @@
-"""Lanes of the timeline: a rank's host threads, those that drive the step first, then its devices' streams."""
+"""Lanes of the timeline: a rank's host threads, those that drive the step first, then its devices' streams.
+
+The Python frames of a thread, often dozens deep, have a lane of their own under its operators; so have the named ranges
+and synchronisations of a stream, which overlap its kernels, above them.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +12,46 @@ from dataclasses import dataclass
 import numpy as np
 
 from ridgeline.profiling import classify
-from ridgeline.profiling.table import Kind, TraceTable
+from ridgeline.profiling.table import Kind, Mask, TraceTable
 
 _AUTOGRAD = re.compile(r"autograd::engine::evaluate_function")
 
 
 @dataclass(frozen=True)
 class Lane:
-    """A thread's or stream's events. ``ranges`` marks the lane of a stream's named ranges and synchronisations, which
-    overlap its kernels."""
+    """Events of a thread or stream: those of one ``part``."""
 
     label: str
     kind: str
     thread: int
-    ranges: bool
+    part: str
+
+
+def parts(table: TraceTable) -> dict[str, Mask]:
+    """Every event in exactly one part. ``[rows]`` each"""
+    ranges, python = table.is_kind(Kind.GPU_ANNOTATION, Kind.SYNC), table.is_kind(Kind.PYTHON)
+    return {"ranges": ranges, "": ~(ranges | python), "python": python}
 
 
 def find_lanes(table: TraceTable) -> list[Lane]:
     """The lanes of a table, every event in exactly one."""
-    hosts: list[tuple[tuple[int, int], Lane]] = []
-    streams: list[tuple[tuple[int, int, bool], Lane]] = []
-    ranges, device = table.is_kind(Kind.GPU_ANNOTATION, Kind.SYNC), table.device_rows
-    jobs = _jobs(table)
+    hosts: list[tuple[tuple[int, ...], Lane]] = []
+    streams: list[tuple[tuple[int, ...], Lane]] = []
+    device, jobs = table.device_rows, _jobs(table)
     for code in np.unique(table.thread).tolist():
         here = table.thread == code
-        for upper in (True, False):
-            rows = np.flatnonzero(here & (ranges == upper))
+        size = int(here.sum())
+        for at, (part, mask) in enumerate(parts(table).items()):
+            rows = np.flatnonzero(here & mask)
             if not rows.size:
                 continue
-            if upper or device[rows].any():
-                key, lane = _stream(table, code, upper, np.flatnonzero(here & device))
-                streams.append((key, lane))
+            if part == "ranges" or device[rows].any():
+                key, lane = _stream(table, code, part, np.flatnonzero(here & device))
+                streams.append(((*key, at), lane))
             else:
                 order, job = jobs.get(code, (3, "thread"))
-                lane = Lane(f"{job} {table.threads[code][1]}", "thread", code, False)
-                hosts.append(((order, -rows.size), lane))
+                label = f"{job} {table.threads[code][1]}" + (" Python" if part == "python" else "")
+                hosts.append(((order, -size, code, at), Lane(label, "thread", code, part)))
     return [lane for _, lane in sorted(hosts, key=_key)] + [lane for _, lane in sorted(streams, key=_key)]
 
 
@@ -51,13 +60,13 @@ def _key(pair: tuple[tuple[int, ...], Lane]) -> tuple[int, ...]:
 
 
 def _stream(
-    table: TraceTable, code: int, upper: bool, work: np.ndarray[tuple[int], np.dtype[np.intp]]
-) -> tuple[tuple[int, int, bool], Lane]:
-    """A stream's lane and where it sorts; its ranges stand above it."""
+    table: TraceTable, code: int, part: str, work: np.ndarray[tuple[int], np.dtype[np.intp]]
+) -> tuple[tuple[int, int], Lane]:
+    """A stream's lane and where it sorts."""
     pid, tid = table.threads[code]
     device, stream = (int(table.device[work[0]]), int(table.stream[work[0]])) if work.size else (-1, -1)
     label = f"device {device if device >= 0 else pid} stream {stream if stream >= 0 else tid}"
-    return (device, stream, not upper), Lane(label + (" ranges" if upper else ""), "stream", code, upper)
+    return (device, stream), Lane(label + (" ranges" if part == "ranges" else ""), "stream", code, part)
 
 
 def _jobs(table: TraceTable) -> dict[int, tuple[int, str]]:

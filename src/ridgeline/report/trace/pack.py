@@ -18,7 +18,7 @@ from ridgeline.profiling.nesting import nest, operators
 from ridgeline.profiling.table import Kind, Mask, TraceTable
 from ridgeline.report.trace import arguments, arrows
 from ridgeline.report.trace.encode import RankEvents, deflate, encode
-from ridgeline.report.trace.lanes import Lane, find_lanes
+from ridgeline.report.trace.lanes import Lane, find_lanes, parts
 from ridgeline.report.trace.path import GAP, Segments, on_path, segment_name, segment_role
 
 MAX_EVENTS = 1_000_000
@@ -194,11 +194,11 @@ def _steps(table: TraceTable, origin: int) -> list[list[Any]]:
 def _places(table: TraceTable, lanes: Sequence[Lane], keep: Mask) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(lane of every event, -1 for those left out; its row in the lane). ``[rows]``"""
     lane_of, depth = np.full(len(table), -1, np.int64), np.zeros(len(table), np.int64)
-    ranges = table.is_kind(Kind.GPU_ANNOTATION, Kind.SYNC)
-    for mask in (keep & ~ranges, keep & ranges):
+    masks = {part: keep & mask for part, mask in parts(table).items()}
+    for mask in masks.values():
         depth[mask] = nest(table, mask).depth[mask]
     for at, lane in enumerate(lanes):
-        mine = np.flatnonzero(keep & (table.thread == lane.thread) & (ranges == lane.ranges))
+        mine = np.flatnonzero(masks[lane.part] & (table.thread == lane.thread))
         lane_of[mine] = at
         depth[mine] = separate(table.start[mine], table.end[mine], depth[mine])
     return lane_of, depth
@@ -221,7 +221,7 @@ def _with_path(rank: RankEvents, critical: Segments, origin: int) -> RankEvents:
     none = np.full(here, -1, np.int64)
     return replace(
         rank,
-        lanes=[Lane("critical path", "lane", -1, False), *rank.lanes],
+        lanes=[Lane("critical path", "lane", -1, ""), *rank.lanes],
         names=[*rank.names, *texts],
         lane=np.concatenate((np.zeros(here, np.int64), rank.lane + 1)),
         depth=np.concatenate((depth[order], rank.depth)),
