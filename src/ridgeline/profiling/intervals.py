@@ -50,7 +50,10 @@ def union(start: Times, end: Times) -> Intervals:
 
 def merge(*sets: Intervals) -> Intervals:
     """The union of sets."""
-    return union(np.concatenate([s.start for s in sets]), np.concatenate([s.end for s in sets])) if sets else empty()
+    some = [one for one in sets if one.start.size]
+    if len(some) < 2:
+        return some[0] if some else empty()
+    return union(np.concatenate([s.start for s in some]), np.concatenate([s.end for s in some]))
 
 
 def total(a: Intervals) -> int:
@@ -60,23 +63,22 @@ def total(a: Intervals) -> int:
 
 def intersect(a: Intervals, b: Intervals) -> Intervals:
     """What lies in both."""
-    return _select(a, b, 3)
+    return _select(a, b, 3) if a.start.size and b.start.size else empty()
 
 
 def subtract(a: Intervals, b: Intervals) -> Intervals:
     """What lies in ``a`` and not in ``b``."""
-    return _select(a, b, 1)
+    return _select(a, b, 1) if a.start.size and b.start.size else a
 
 
 def _select(a: Intervals, b: Intervals, wanted: int) -> Intervals:
     """Sweep the edges: ``a`` counts 1 and ``b`` counts 2, so 1 = only a, 2 = only b, 3 = both."""
     edges = np.concatenate((a.start, a.end, b.start, b.end))
-    if not a.start.size:
-        return empty()
-    steps = np.repeat(np.array([1, -1, 2, -2]), [a.start.size, a.end.size, b.start.size, b.end.size])
+    steps = np.repeat(np.array([1, -1, 2, -2], np.int8), [a.start.size, a.end.size, b.start.size, b.end.size])
     order = np.argsort(edges, kind="stable")
-    edges, inside = edges[order], np.cumsum(steps[order])[:-1]
-    hit = inside == wanted
+    steps, edges = steps[order], edges[order]
+    del order
+    hit = np.cumsum(steps, dtype=np.int8)[:-1] == wanted
     return union(edges[:-1][hit], edges[1:][hit])
 
 

@@ -182,21 +182,25 @@ def _clip(begin: Times, end: Times, low: int, high: int) -> tuple[Times, Times]:
 
 def _steps(queue: _Queue) -> pl.DataFrame:
     """One row per moment at which the queue's length changes or could have."""
-    edges = (queue.event_in, queue.event_out, queue.launch_in, queue.launch_out)
-    moments, at = np.unique(np.concatenate(edges), return_inverse=True)
-    sizes = [edge.size for edge in edges]
-    events, launches = np.zeros(moments.size, np.int64), np.zeros(moments.size, np.int64)
-    np.add.at(events, at, np.repeat([1, -1, 0, 0], sizes))
-    np.add.at(launches, at, np.repeat([0, 0, 1, -1], sizes))
+    moments = np.concatenate((queue.event_in, queue.event_out, queue.launch_in, queue.launch_out))
+    moments.sort()
+    moments = moments[np.append(True, moments[1:] != moments[:-1])[: moments.size]]
     return pl.DataFrame(
         {
             "device": np.full(moments.size, queue.device, np.int64),
             "stream": np.full(moments.size, queue.stream, np.int64),
             "time_ns": moments,
-            "events": np.cumsum(events),
-            "launches": np.cumsum(launches),
+            "events": _inside(queue.event_in, queue.event_out, moments),
+            "launches": _inside(queue.launch_in, queue.launch_out, moments),
         }
     )
+
+
+def _inside(begin: Times, end: Times, moments: Times) -> Times:
+    """How many of ``[begin[i], end[i])`` hold each moment. ``[moments]``"""
+    begun = np.searchsorted(np.sort(begin), moments, side="right")
+    begun -= np.searchsorted(np.sort(end), moments, side="right")
+    return begun
 
 
 class _Bytes(msgspec.Struct):
