@@ -257,16 +257,19 @@ def test_waiting_against_brute_force(by_step: list[list[int]], shuffle: Any) -> 
     assert match_collectives({rank: tables[rank] for rank in order}).equals(frame)
 
 
-def cpu_rank(rank: int, sleeps: int, slow: int) -> TraceTable:
-    """Three steps on a CPU backend: ``sleeps`` us of nothing, a forward op (``slow`` us longer), an all-reduce."""
+def cpu_rank(rank: int, sleeps: int, slow: int, stuck: int = 0) -> TraceTable:
+    """Three steps on a CPU backend: ``sleeps`` us of nothing, a forward op (``slow`` us longer), an all-reduce. The call of
+    the first one lasts ``stuck`` us into the second step."""
     events: list[dict] = []
     for number in range(3):
-        base, called = number * STEP, number * STEP + sleeps + 1000 + slow
+        late = sleeps + (stuck if number == 1 else 0)
+        base, called = number * STEP, number * STEP + late + 1000 + slow
+        in_call = STEP + stuck - called if stuck and number == 0 else 10
         events += [
             step(number, base, 9_000),
-            event("mine::forward", "cpu_op", base + sleeps, 500 + slow),
-            event("mine::backward", "cpu_op", base + sleeps + 500 + slow, 500),
-            event("c10d::allreduce_", "cpu_op", called, 10),
+            event("mine::forward", "cpu_op", base + late, 500 + slow),
+            event("mine::backward", "cpu_op", base + late + 500 + slow, 500),
+            event("c10d::allreduce_", "cpu_op", called, in_call),
             event("gloo:all_reduce", "user_annotation", called + 20, base + 8_800 - called, WORKER),
             event("mine::optimizer", "cpu_op", base + 8_850, 100),
         ]
@@ -284,6 +287,20 @@ def test_the_cause_is_what_the_late_rank_did_longer() -> None:
     assert wait_matrix(slow).rows() == [(1, 0, "c10d::allreduce_", "mine::forward", 3, 6_000_000)]
 
 
+def test_what_comes_again_is_blamed_before_what_was_longer_once() -> None:
+    """A forward op 2 ms longer in every step; in the second the thread also lies 5 ms in the call of the first's
+    collective before it goes on. Alone, with nothing that comes again, the call is to blame."""
+
+    def pair(slow: int) -> dict[int, TraceTable]:
+        return {0: cpu_rank(0, 0, 0), 1: cpu_rank(1, 0, slow, stuck=5000)}
+
+    for slow, named in ((2000, "mine::forward"), (0, "c10d::allreduce_")):
+        waits = wait_matrix(pair(slow)).filter(pl.col("late_rank") == 1)
+        assert waits["operator"].unique().to_list() == [named]
+    (row,) = stragglers(pair(2000)).rows(named=True)
+    assert (row["rank"], row["operator"], row["caused_wait_ns"]) == (1, "mine::forward", 3 * 2_000_000 + 5_000_000)
+
+
 @with_traces
 def test_the_planted_straggler_of_the_gloo_pair() -> None:
     """Rank 1 sleeps 3 ms a step. It arrives last in 2 of 3 collectives, by 6.7 and 11.5 ms (noise of a busy machine
@@ -294,6 +311,12 @@ def test_the_planted_straggler_of_the_gloo_pair() -> None:
     assert row["caused_wait_ns"] == 6_697_338 + 11_527_670
     assert row["idle_ns"] == pytest.approx(3.1e6, abs=5e4)
     assert row["operator"] == "no recorded event"
+    # Of the waits: rank 1's are its sleeps, though once AccumulateGrad and twice the return from the collective before
+    # took longer (18 and 7.6 ms); rank 0 was late once, in its backward pass.
+    assert wait_matrix(pair).select("late_rank", "operator", "count").rows() == [
+        (1, "no recorded event", 2),
+        (0, "autograd::engine::evaluate_function: AddmmBackward0", 1),
+    ]
     offset = clock_offsets(pair).row(1, named=True)
     assert (offset["offset_ns"], offset["evidence"]) == (0, "same host")
     assert offset["uncertainty_ns"] == pytest.approx(110_000, abs=5_000)

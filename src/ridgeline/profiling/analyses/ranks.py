@@ -36,7 +36,7 @@ COLUMNS = {
         "op": "name of the collective at which it caused most of the wait",
         "per_step_ns": "ns: what it costs in a typical step (the lower median over the steps)",
         "idle_ns": "ns: its median time per step without any recorded event (CPU traces; null on others)",
-        "operator": "what it ran before it came that the next latest did not, by time; or no recorded event",
+        "operator": "what it ran longer than the next latest before it came, step after step; or no recorded event",
         "evidence": "arrivals, idle steps, or both",
         "threshold_ns": "ns per step: the least that counts",
     },
@@ -44,7 +44,8 @@ COLUMNS = {
         "late_rank": "the rank that arrived last",
         "waiting_rank": "a rank that waited for it",
         "name": "the collective",
-        "operator": "what the late rank ran that the next latest did not, by time, since they last met; or no recorded event",
+        "operator": "what the late rank ran longer than the next latest since they last met: of what it runs longer step "
+        "after step the most, and what was longer this time alone when nothing else explains it; or no recorded event",
         "count": "collectives",
         "wait_ns": "ns: arrival of the late rank minus that of the waiting one, summed",
     },
