@@ -36,7 +36,7 @@ class Flame {
   // Frames under the chosen one fill the width, those above it span it all, others are hidden.
   focus(at, take = true) {
     this.chosen = at;
-    const [, low, wide] = this.frames[at], above = new Set();
+    const [, low, wide] = this.frames[at], above = new Set(), width = this.host.clientWidth; // read once: writing follows
     for (let up = at; up >= 0; up = this.frames[up][6]) above.add(up);
     this.frames.forEach(([, start, inclusive], k) => {
       const inside = start >= low && start + inclusive <= low + wide && !above.has(k), cell = this.cells[k];
@@ -44,7 +44,7 @@ class Flame {
       cell.hidden = !(above.has(k) || (inside && share > 0.0008));
       cell.style.left = inside ? `${100 * (start - low) / wide}%` : "0";
       cell.style.width = `${100 * share}%`;
-      cell.classList.toggle("narrow", share * this.host.clientWidth < 26);
+      cell.classList.toggle("narrow", share * width < 26);
       cell.classList.toggle("above", above.has(k) && k !== at);
     });
     const depth = this.frames.reduce((most, frame, k) => this.cells[k].hidden ? most : Math.max(most, frame[0]), 0);
