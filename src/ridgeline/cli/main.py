@@ -22,6 +22,7 @@ VERBS = {
     "profile": "where a training step's time goes, and what to try",
     "trace": "any PyTorch trace: what it lacks, where its time went, what to try",
     "improve": "find what holds a training job back, try the knob, prove the gain",
+    "doctor": "what torch.compile does to a program: breaks, recompilations, fallbacks, and what they cost",
     "generate": "generate text from a model",
     "serve": "OpenAI-compatible endpoint with continuous batching",
     "load": "load-test an endpoint: TTFT, latency percentiles, throughput",

@@ -21,6 +21,7 @@ KINDS: dict[str, str] = {
     "guard_cost": "checking the guards takes a good part of every call",
     "compile_failed": "the compiler raised and the program saw the error",
     "cache_miss": "a second start compiled again what the first one had compiled",
+    "not_paid_back": "compiling took longer than all steps of this run have gained",
     "slower_than_eager": "the compiled function is slower than the same function in eager",
     "rank_divergence": "ranks compiled different things: the others wait for the one that compiles",
 }

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ridgeline.compiler.doctor.model import Finding, Observation, Target, ranked
+from ridgeline.compiler.doctor.breaks import code_line
+from ridgeline.compiler.doctor.model import Finding, Observation, Target, Timing, ranked
 from ridgeline.compiler.doctor.ranks import compare_ranks
 from ridgeline.compiler.doctor.timing import break_even
 from ridgeline.errors import JobError, UserError, nearest
@@ -216,22 +217,25 @@ def _add_timing(first: Observation, second: Observation) -> None:
     timing.break_even_step = break_even(timing.cold_seconds, timing)
     timing.break_even_warm_step = break_even(timing.warm_seconds, timing)
     first.timing = timing
-    if timing.gain_seconds < -timing.floor_seconds:
-        first.findings = ranked([*first.findings, _slower(first)])
+    first.findings = ranked([*first.findings, *_not_worth_it(first, timing)])
 
 
-def _slower(first: Observation) -> Finding:
-    timing, entry = first.timing, first.entries[0]
-    assert timing is not None
-    return Finding(
-        "slower_than_eager",
-        entry["file"],
-        entry["line"],
-        reason=f"a step takes {timing.compiled_seconds / timing.eager_seconds:.2f} times as long as in eager",
-        function=entry["name"],
-        calls=first.steps,
-        lost_seconds=-timing.gain_seconds * first.steps,
-    )
+def _not_worth_it(first: Observation, timing: Timing) -> list[Finding]:
+    """Compiled steps that are slower, or too few of them to pay for compiling. Nothing between the floors."""
+    entry, gain = first.entries[0], timing.gain_seconds
+    lost = first.start_seconds - max(gain, 0.0) * first.steps
+    if gain < -timing.floor_seconds:
+        kind, lost = "slower_than_eager", -gain * first.steps
+        reason = f"a step takes {timing.compiled_seconds / timing.eager_seconds:.2f} times as long as in eager"
+    elif timing.break_even_step is None:
+        kind, reason = "not_paid_back", "compiling never pays: a step is not faster than in eager beyond the noise"
+    else:
+        kind = "not_paid_back"
+        reason = f"compiling pays from step {timing.break_even_step} on, this run has {first.steps}"
+    if lost <= 0:
+        return []
+    code = code_line(entry["file"], entry["line"])
+    return [Finding(kind, entry["file"], entry["line"], code, reason, entry["name"], 1, first.steps, lost)]
 
 
 def _cache_misses(second: Observation) -> list[Finding]:

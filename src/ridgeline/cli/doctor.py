@@ -1,0 +1,224 @@
+"""``ridgeline doctor``: what torch.compile does to a program, and what it costs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from ridgeline.cli.common import JSON_OPTION, RUNS_OPTION, console, emit, new_app, verb
+from ridgeline.cli.units import human_seconds
+from ridgeline.errors import JobError
+
+app = new_app("What torch.compile does to a program: breaks, recompilations, silent fallbacks, and what they cost.")
+
+TARGET = typer.Argument(
+    metavar="SCRIPT [ARGUMENTS...] | module:function | -- COMMAND ...", help="What to run, as it is; options go first."
+)
+MARKS = {
+    "graph_break": "yellow",
+    "recompile": "yellow",
+    "recompile_limit": "red",
+    "backend_fallback": "red",
+    "precision_lowered": "red",
+    "cudagraphs_skipped": "red",
+    "compile_failed": "red",
+    "rank_divergence": "red",
+}
+PHASES = {
+    "dynamo": "tracing (Dynamo), guards",
+    "aot": "autograd, functionalisation",
+    "backend": "backend",
+    "inductor": "lowering and scheduling (Inductor)",
+    "codegen": "writing and building kernels",
+}
+BAR = 24
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+@verb
+def doctor(
+    target: list[str] = TARGET,
+    compile_path: list[str] = typer.Option(
+        [], "--compile", metavar="PATH", help="Compile this too: model, or model.layers.* for each block."
+    ),
+    backend: str = typer.Option("inductor", "--backend", help="Backend of --compile."),
+    no_timing: bool = typer.Option(False, "--no-timing", help="One run: no second start, no eager against compiled."),
+    check: bool = typer.Option(False, "--check", help="For CI: one run, no fixes; exit 1 beyond the budget."),
+    breaks: int = typer.Option(0, "--breaks", min=0, help="Budget of --check."),
+    recompiles: int = typer.Option(0, "--recompiles", min=0, help="Budget of --check."),
+    fallbacks: int = typer.Option(0, "--fallbacks", min=0, help="Budget of --check: silent events."),
+    top: int = typer.Option(12, "--top", min=1, help="Findings printed; all are in the run and in --json."),
+    timeout: float = typer.Option(1800.0, "--timeout", min=1.0, help="Seconds one run may take."),
+    runs: Path = RUNS_OPTION,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Run an unmodified program and say what torch.compile does to it, ranked by the seconds it loses.
+
+    `ridgeline doctor train.py --lr 1e-3`, `ridgeline doctor package.module:main`, `ridgeline doctor -- torchrun ...`.
+    The program runs twice, in processes of its own: once observed with an empty cache, once timed from that cache with
+    eager and compiled steps in turn. What it prints goes to the run's folder.
+    """
+    from ridgeline.compiler.doctor.report import document, over_budget
+    from ridgeline.compiler.doctor.session import Plan, check_cache_folder, diagnose
+    from ridgeline.compiler.doctor.target import resolve_target
+    from ridgeline.runs import Run
+
+    check_cache_folder()
+    chosen = resolve_target(target, compile_path)
+    plan = Plan(timeout=timeout, backend=backend)
+    trials: list[Any] = []
+    config = {"command": list(chosen.command), "compile": list(compile_path), "backend": backend}
+    with Run.create("doctor", chosen.name, config=config, root=runs) as run:
+        with _progress() as say:
+            timing = not (check or no_timing)
+            observation = diagnose(chosen, run.artifact("runs"), plan, timing=timing, say=say)
+        answer = document(observation, trials)
+        run.save_json("artifacts/doctor.json", answer)
+        run.summarize(**{name: answer["before"][name] for name in SUMMARY})
+        if as_json:
+            emit({**answer, "run": run.id})
+        else:
+            print_observation(console(), observation, chosen.name, top)
+            console().print(f"run {run.path}", soft_wrap=True, markup=False)
+        budget = {"breaks": breaks, "recompiles": recompiles, "fallbacks": fallbacks}
+        if check and (beyond := over_budget(observation, budget)):
+            raise JobError(f"over budget: {'; '.join(beyond)}")
+
+
+SUMMARY = ("graphs", "breaks", "recompiles", "fallbacks", "compile_seconds", "steps", "step_seconds", "lost_seconds")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """What runs now, on stderr: one line that changes on a terminal, one line each elsewhere."""
+    stderr = Console(stderr=True, highlight=False)
+    if not stderr.is_terminal:
+        yield lambda line: stderr.print(line, soft_wrap=True, markup=False)
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task("starting")
+        yield lambda line: bar.update(task, description=line)
+
+
+def print_observation(out: Console, observation: Any, name: str, top: int) -> None:
+    """Verdict on top, then where it is lost, what compiling takes, eager against compiled, and what to try."""
+    from ridgeline.compiler.doctor.report import verdict
+
+    style = "bold green" if not observation.findings else "bold"
+    out.print(Text(verdict(observation), style=style))
+    out.print(_facts(observation, name), style="dim", soft_wrap=True, markup=False)
+    shown = observation.findings[:top]
+    if shown:
+        out.print()
+        out.print(findings_table(shown, observation.wall_seconds))
+        if len(observation.findings) > top:
+            out.print(f"and {len(observation.findings) - top} smaller ones (--top)", style="dim")
+        _print_details(out, shown)
+    out.print()
+    if observation.timing is not None:
+        out.print(timing_table(observation))
+    if observation.compile_seconds:
+        out.print(phases_table(observation))
+    for note in observation.notes:
+        out.print(f"- {note}", style="dim", soft_wrap=True, markup=False)
+
+
+def _facts(observation: Any, name: str) -> str:
+    entries = ", ".join(f"{one['name']} ({one['backend']}, {one['calls']} calls)" for one in observation.entries[:3])
+    more = f" and {len(observation.entries) - 3} more" if len(observation.entries) > 3 else ""
+    world = f", {observation.world} ranks" if observation.world > 1 else ""
+    return f"{name}: {observation.graphs} graphs of {entries}{more}; torch {observation.torch}, {observation.device}{world}"
+
+
+def findings_table(findings: Sequence[Any], wall_seconds: float) -> Table:
+    """Rank, kind, place, calls, seconds, share of the run."""
+    table = Table(title=f"Seconds lost, at most, of a run of {human_seconds(wall_seconds)}", title_justify="left")
+    table.add_column("", justify="right")
+    table.add_column("finding", no_wrap=True)
+    table.add_column("where", overflow="fold")
+    for name in ("met", "calls", "lost", "share"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, one in enumerate(findings, 1):
+        place = f"{Path(one.file).name}:{one.line}" if one.file else "-"
+        lost = human_seconds(one.lost_seconds) if one.lost_seconds else "-"
+        share = f"{one.lost_seconds / wall_seconds:.0%}" if wall_seconds and one.lost_seconds else "-"
+        kind = Text(one.kind.replace("_", " "), style=MARKS.get(one.kind, ""))
+        table.add_row(str(number), kind, Text(place), str(one.count), str(one.calls or "-"), lost, share)
+    return table
+
+
+def _print_details(out: Console, findings: Sequence[Any]) -> None:
+    """Per finding: the full place, the line itself, why, and what to try."""
+    from ridgeline.compiler.doctor.report import advice
+
+    for number, one in enumerate(findings, 1):
+        where = f" {one.where}" if one.file else ""
+        inside = f" in {one.function}" if one.function else ""
+        code = f" {one.detail['gb']}" if one.detail.get("gb") else ""
+        out.print(f"{number}. {one.kind.replace('_', ' ')}{code}{where}{inside}", soft_wrap=True, markup=False)
+        if one.code:
+            out.print(Padding(Syntax(one.code, "python", background_color="default", word_wrap=True), (0, 0, 0, 5)))
+        out.print(Padding(Text(one.reason), (0, 0, 0, 3)))
+        if one.detail.get("sources"):
+            out.print(Padding(Text(f"guards: {', '.join(one.detail['sources'][:5])}", style="dim"), (0, 0, 0, 3)))
+        if words := advice(one):
+            out.print(Padding(Text(f"try: {words}", style="cyan"), (0, 0, 0, 3)))
+
+
+def timing_table(observation: Any) -> Table:
+    """Eager and compiled in one session, and what starting costs."""
+    timing = observation.timing
+    table = Table(title=f"Eager against compiled, {timing.samples} steps each in turn", title_justify="left")
+    for name in ("", "eager", "compiled", "gain", "floor (A/A)"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    gain = timing.gain_seconds
+    sign = "-" if gain < 0 else ""
+    row = [human_seconds(timing.eager_seconds), human_seconds(timing.compiled_seconds)]
+    table.add_row("a steady step", *row, f"{sign}{human_seconds(abs(gain))}", human_seconds(timing.floor_seconds))
+    for name, cost, step in (
+        ("first start (empty cache)", timing.cold_seconds, timing.break_even_step),
+        ("later start (warm cache)", timing.warm_seconds, timing.break_even_warm_step),
+    ):
+        pays = f"pays from step {step:,}" if step else "never pays"
+        table.add_row(name, "-", human_seconds(cost), pays, "-")
+    return table
+
+
+def phases_table(observation: Any) -> Table:
+    """Where compile time goes: by phase, then the functions that took most of it."""
+    total = sum(observation.phases.values()) or 1.0
+    title = f"Compile time {human_seconds(observation.compile_seconds)}, by phase and by function"
+    table = Table(title=title, title_justify="left")
+    for name in ("", "time", ""):
+        table.add_column(name, justify="right" if name else "left")
+    for phase, seconds in observation.phases.items():
+        if seconds > 0:
+            bar = "█" * max(round(BAR * seconds / total), 1)
+            table.add_row(PHASES[phase], human_seconds(seconds), f"[cyan]{bar}[/] {seconds / total:.0%}")
+    table.add_section()
+    for place, frames in _by_function(observation.frames)[:5]:
+        seconds = sum(one.seconds for one in frames)
+        guards = max(one.guards for one in frames)
+        what = f"{len(frames)} compilations, {guards} guards"
+        table.add_row(Text(place), human_seconds(seconds), what)
+    return table
+
+
+def _by_function(frames: Sequence[Any]) -> list[tuple[str, list[Any]]]:
+    """Resumed parts and backwards belong to their function."""
+    groups: dict[str, list[Any]] = {}
+    for one in frames:
+        groups.setdefault(f"{one.function} ({Path(one.file).name})" if one.function else "(not named)", []).append(one)
+    return sorted(groups.items(), key=lambda pair: -sum(one.seconds for one in pair[1]))
