@@ -1,4 +1,8 @@
-"""Linears with frozen weights: packed once in oneDNN's layout, and those that read the same input merged into one."""
+"""Linears with frozen weights: packed once in oneDNN's layout, and those that read the same input merged into one.
+
+``F.linear`` on a plain weight re-blocks it at every call, which for the few rows of a decode step costs more than the
+product. Packed, the same products are summed in a layout that is read once and in order.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ridgeline.compiler.backend import operators  # noqa: F401  (registers frozen_linear)
-from ridgeline.compiler.backend.match import Applied
+from ridgeline.compiler.backend.match import SOURCE, Applied, line_of
 
 aten = torch.ops.aten
 Linear = tuple[Node, Node, Node | None, bool]  # input, weight, bias, weight is [in, out]
@@ -30,19 +34,22 @@ def freeze(graph: GraphModule, examples: Sequence[Any]) -> list[Applied]:
             groups[x, transposed, bias is None, epoch].append((node, found))
         elif node.op == "call_function" and _mutates(node):
             epoch += 1
-    for members in groups.values():
-        _merge(graph, members)
+    merged = [(members, _merge(graph, members)) for members in groups.values()]
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    names = {1: "packed linear"}
-    return [Applied(names.get(len(m), f"{len(m)} linears merged"), str(m[0][0])) for m in groups.values()]
+    return [
+        Applied(f"{len(members)} linears merged" if len(members) > 1 else "packed linear", line_of(node))
+        for members, node in merged
+    ]
 
 
 def _packable(example: Any) -> bool:
     if not isinstance(example, nn.Parameter) or example.is_inference() or type(example.data) is not Tensor:
         return False
-    supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-untyped-call]
-    return bool(example.device.type == "cpu" and example.dtype == torch.bfloat16 and supported)
+    supported = torch.backends.mkldnn.is_available()
+    if example.dtype == torch.bfloat16:
+        supported = supported and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-untyped-call]
+    return bool(supported and example.device.type == "cpu" and example.dtype in (torch.bfloat16, torch.float32))
 
 
 def _mutates(node: Node) -> bool:
@@ -59,22 +66,21 @@ def _linear(node: Node, frozen: set[Node]) -> Linear | None:
     return (x, weight, bias, transposed) if weight in frozen and (bias is None or bias in frozen) else None
 
 
-def _merge(graph: GraphModule, members: list[tuple[Node, Linear]]) -> None:
-    """One frozen linear at the place of the first member, split for the others."""
+def _merge(graph: GraphModule, members: list[tuple[Node, Linear]]) -> Node:
+    """One frozen linear at the place of the first member, of which the members are slices."""
     first, (x, _, bias, transposed) = members[0]
     weights, biases = [m[1][1] for m in members], [m[1][2] for m in members if bias is not None]
-    sizes = [node.meta["val"].shape[-1] for node, _ in members]
     with graph.graph.inserting_before(first):
         whole = graph.graph.call_function(torch.ops.ridgeline.frozen_linear.default, (x, weights, biases, transposed))
-        start, parts = 0, []
-        for size in sizes:
-            parts.append(
-                graph.graph.call_function(aten.slice.Tensor, (whole, -1, start, start + size))
-                if len(sizes) > 1
-                else whole
-            )
-            start += size
-    for (node, _), part in zip(members, parts, strict=True):
-        part.meta = dict(node.meta)
-        node.replace_all_uses_with(part)
+        whole.meta = {key: value for key, value in first.meta.items() if key in SOURCE}
+        start = 0
+        for node, _ in members:
+            stop, part = start + node.meta["val"].shape[-1], whole
+            if len(members) > 1:
+                part = graph.graph.call_function(aten.slice.Tensor, (whole, -1, start, stop))
+                part.meta = dict(node.meta)
+            node.replace_all_uses_with(part)
+            start = stop
+    for node, _ in members:
         graph.graph.erase_node(node)
+    return whole

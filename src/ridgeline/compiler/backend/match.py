@@ -133,7 +133,7 @@ def matches(search: Value, term: Value, terms: Terms, so_far: Match) -> Iterator
     elif not isinstance(search, Term) or not isinstance(term, Term):
         if _same_constant(search, term):
             yield so_far
-    elif search.op == term.op:
+    elif search.op == term.op and not search.op.startswith("%"):
         below = Match(so_far.bound, [*so_far.inner, term])
         for arguments in _orders(search, term, terms):
             if len(arguments) == len(search.args):
@@ -214,6 +214,7 @@ class _Pass:
     def visit(self, node: Node, searches: list[tuple[Pattern, Term]]) -> None:
         """Replace ``node`` by the first pattern that matches and is not refused."""
         term = self.terms.of(node)
+        self.terms.enter(node)
         refusals = {}
         for pattern, search in searches:
             if not isinstance(term, Term) or search.op != term.op:
@@ -221,9 +222,9 @@ class _Pass:
             for match in matches(search, term, self.terms, Match({}, [])):
                 refused = self.refusal(pattern, match, term) or self.splice(node, pattern, match)
                 if refused is None:
-                    self.done.append(Applied(pattern.name, _line(node)))
+                    self.done.append(Applied(pattern.name, line_of(node)))
                     return
-                refusals[pattern.name] = Applied(pattern.name, _line(node), refused)
+                refusals[pattern.name] = Applied(pattern.name, line_of(node), refused)
         self.done += refusals.values()
 
     def refusal(self, pattern: Pattern, match: Match, root: Term) -> str | None:
@@ -310,7 +311,7 @@ BUILT: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _line(node: Node) -> str:
+def line_of(node: Node) -> str:
     """The user's source: ``File "x.py", line 3, in forward``."""
     lines = [line for line in (node.meta.get("stack_trace") or "").splitlines() if line.lstrip().startswith("File")]
     return lines[-1].strip() if lines else ""

@@ -6,13 +6,9 @@ import weakref
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ridgeline.kernels import cross_entropy as kernel
-
-PLAIN_ROWS = 64  # from here on, re-blocking the weight is a small part of the product
-MIN_ROWS = 4  # a single row is computed as four: oneDNN's kernel for one row reads the weight slower
 
 _library = torch.library.Library("ridgeline", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
@@ -54,19 +50,9 @@ _packs = PackedWeights()
 
 
 def _frozen_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor], transposed: bool) -> Tensor:
-    rows = x.numel() // x.shape[-1]
-    if rows >= PLAIN_ROWS:
-        outs = [
-            F.linear(x, w.t() if transposed else w, b)
-            for w, b in zip(weights, biases or [None] * len(weights), strict=True)
-        ]
-        return torch.cat(outs, -1) if len(outs) > 1 else outs[0]
     packed, bias = _packs.get(weights, biases, transposed)
-    if rows > 1:
-        return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
-    padded = x.reshape(1, -1).expand(MIN_ROWS, -1).contiguous()
-    out = torch.ops.mkldnn._linear_pointwise.default(padded, packed, bias, "none", [], "")
-    return out[:1].clone().view(*x.shape[:-1], -1)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+    return out
 
 
 def _frozen_linear_shape(x: Tensor, weights: list[Tensor], biases: list[Tensor], transposed: bool) -> Tensor:

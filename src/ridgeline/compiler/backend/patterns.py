@@ -19,6 +19,7 @@ from ridgeline.kernels import rms_norm as rms_norms
 from ridgeline.kernels import rope as ropes
 from ridgeline.kernels import swiglu as swiglus
 
+MAX_GROUP = 8  # query heads to a key head, each an expression of its own
 MIN_LOGITS = 32 * 2**20  # elements; below, the logits fit where the compiler's fused loss is faster
 
 
@@ -225,6 +226,57 @@ def _(bound: dict[str, Any]) -> dict[str, Any]:
     return bound
 
 
+def _one_query(q: Term, k: Term, v: Term, bias: Term | None = None, mask: Term | None = None, **_: Any) -> str | None:
+    if torch.is_grad_enabled() or not known(q.shape[2] == 1):
+        return "training, or more than one query for each row of the cache"
+    more = [t for t in (bias, mask) if t is not None]
+    if any(len(t.shape) != 4 or not known(t.shape[1] == 1) or not known(t.shape[2] == 1) for t in more):
+        return "the mask differs between heads"
+    group, rest = divmod(q.shape[1], k.shape[1])
+    return None if rest == 0 and group <= MAX_GROUP and q.dtype == k.dtype == v.dtype else "unequal groups or dtypes"
+
+
+@pattern(
+    lambda dtype: (
+        *(_of(dtype, 2, 2, n, 8) for n in (1, 7, 7)),
+        _of(dtype, 2, 1, 1, 7),
+        torch.ones(2, 1, 1, 7, dtype=torch.bool),
+        0.731,
+    ),
+    _one_query,
+    cpu=_always,
+)
+def decode_attention(q, k, v, bias, mask, scale):  # type: ignore[no-untyped-def]
+    """A query for each row of a cache. The fused kernel is made for many; written out, a key is read once for its group."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _fused(masked: str, scaled: bool, grouped: bool):  # type: ignore[no-untyped-def]
+    def search(q, k, v, bias, mask, scale):  # type: ignore[no-untyped-def]
+        chosen = {"": None, "add": bias, "bool": mask}[masked]
+        factor = scale if scaled else None
+        return F.scaled_dot_product_attention(q, k, v, chosen, scale=factor, enable_gqa=grouped)
+
+    return search
+
+
+for _masked, _scaled, _grouped in product(("", "add", "bool"), (False, True), (False, True)):
+    decode_attention.spelling(_fused(_masked, _scaled, _grouped))
+
+
+@decode_attention.replacement
+def _(q, k, v, bias, mask, scale):  # type: ignore[no-untyped-def]
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    weights = []
+    for one in q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1]).unbind(2):
+        scores = (one[:, :, None].float() * k.float()).sum(-1) * factor
+        scores = scores if bias is None else scores + bias[:, :, 0]
+        scores = scores if mask is None else scores.masked_fill(~mask[:, :, 0], -torch.inf)
+        weights.append((scores - scores.amax(-1, keepdim=True)).exp())
+    out = [(one[..., None] * v.float()).sum(2) / one.sum(-1, keepdim=True) for one in weights]
+    return torch.stack(out, 2).to(q.dtype).reshape(*q.shape[:3], v.shape[-1])
+
+
 def _many_logits(x: Term, weight: Term, target: Term, bias: Term | None = None) -> str | None:
     rows, vocab = target.shape[0], weight.shape[0]
     if isinstance(rows, int) and isinstance(vocab, int) and rows * vocab >= MIN_LOGITS:
@@ -344,6 +396,7 @@ PATTERNS = (
     linear_cross_entropy,
     cross_entropy,
     attention,
+    decode_attention,
     int8_linear,
     rms_norm,
     layer_norm,

@@ -181,6 +181,13 @@ rule("matmul", "bmm", "mm")(lambda t, n, x, y: t.matmul(x, y))
 rule("addmm")(lambda t, n, b, x, y, beta, alpha: t.add(t.mul(beta, b), t.mul(alpha, t.matmul(x, y))))
 
 
+@rule("scaled_dot_product_attention")
+def _sdpa(
+    t: Terms, n: Node, q: Value, k: Value, v: Value, mask: Any, p: Any, causal: Any, scale: Any, gqa: Any
+) -> Value:
+    return t.make("sdpa", q, k, v, mask, causal, scale, gqa) if p == 0 else None
+
+
 @rule("einsum")
 def _einsum(t: Terms, node: Node, equation: str, operands: Any, *_: Any) -> Value:
     """Products of heads, whatever the letters: both sides are brought to ``[.., rows, inner] @ [.., inner, columns]``."""

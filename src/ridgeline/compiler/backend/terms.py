@@ -60,7 +60,10 @@ class Terms:
 
     def __init__(self, graph: Graph) -> None:
         self._table: dict[tuple[Any, ...], Term] = {}
-        self._of: dict[Node, Value] = {}
+        self._now: dict[Node, Value] = {}  # what a node is to those that read it from here on
+        self._own: dict[Node, Value] = {}  # what it was when computed
+        self._epochs: dict[Node, int] = {}
+        self.epoch = 0
         for node in graph.nodes:
             if node.op == "output":
                 break
@@ -68,15 +71,19 @@ class Terms:
 
     def of(self, node: Node) -> Value:
         """The term of ``node``, None for one added since."""
-        return self._of.get(node)
+        return self._own.get(node)
+
+    def enter(self, node: Node) -> None:
+        """Make terms as they would have been made where ``node`` stands."""
+        self.epoch = self._epochs.get(node, self.epoch)
 
     def alias(self, new: Node, old: Node) -> None:
         """``new`` computes what ``old`` did."""
-        self._of[new] = self._of[old]
+        self._own[new] = self._own[old]
 
     def make(self, op: str, *args: Value) -> Term:
-        """The one term of ``op`` and ``args``."""
-        key = (op, *((id(a) if isinstance(a, Term) else (type(a), a)) for a in args))
+        """The one term of ``op`` and ``args`` in this epoch."""
+        key = (self.epoch, op, *((id(a) if isinstance(a, Term) else (type(a), a)) for a in args))
         if key not in self._table:
             self._table[key] = Term(op, args)
         return self._table[key]
@@ -93,36 +100,39 @@ class Terms:
             term = self._new_epoch(node)
         else:
             term = self._call(node)
-        self._of[node] = term
+        self._own[node] = self._now[node] = term
+        self._epochs[node] = self.epoch
         if isinstance(term, Term):
-            term.nodes.append(node)
-            if len(term.nodes) == 1:
-                value = node.meta.get("val")
-                term.shape, term.dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+            self._place(term, node)
+
+    @staticmethod
+    def _place(term: Term, node: Node) -> None:
+        term.nodes.append(node)
+        if len(term.nodes) == 1:
+            value = node.meta.get("val")
+            term.shape, term.dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
 
     def _leaf(self, node: Node) -> Term:
+        """A value of unknown origin, equal to no other."""
         return Term(f"%{node.name}", ())
 
     def _new_epoch(self, node: Node) -> Term:
-        self._table.clear()
-        for old in self._of:
-            leaf = self._leaf(old)
-            leaf.nodes.append(old)
-            value = old.meta.get("val")
-            leaf.shape, leaf.dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-            self._of[old] = leaf
+        self.epoch += 1
+        for old in self._now:
+            self._now[old] = self._leaf(old)
+            self._place(self._now[old], old)
         return self._leaf(node)
 
     def _call(self, node: Node) -> Value:
         assert isinstance(node.target, torch._ops.OpOverload)
         name = node.target.overloadpacket.__name__
         arguments = [self._value(value) for value in schema_arguments(node).values()]
-        if torch.Tag.nondeterministic_seeded in node.target.tags and name != "dropout":
-            return self._leaf(node)
         if name in RULES:
             made = RULES[name](self, node, *arguments)
             if made is not None:
                 return made
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            return self._leaf(node)
         return self.make(str(node.target), *arguments)
 
     def _getitem(self, node: Node) -> Value:
@@ -136,7 +146,7 @@ class Terms:
 
     def _value(self, value: Any) -> Value:
         if isinstance(value, Node):
-            return self._of[value]
+            return self._now[value]
         if isinstance(value, (list, tuple)):
             return tuple(self._value(item) for item in value)
         return value
