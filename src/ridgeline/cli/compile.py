@@ -51,8 +51,7 @@ def view(
     from ridgeline.compiler.view.roofline import device_named
     from ridgeline.report.compile_page import write_compile_page
 
-    if out.parent != Path() and not out.parent.is_dir():
-        raise UserError(f"--out {out}: no folder {out.parent}")
+    check_out(out, "--out")
     limits = device_named(device, lambda text, part: say(f"measuring this machine: {text}"))
     found = resolve(target, seed, batch, seq_len)
     say(f"compiling {found.name} with Inductor")
@@ -69,6 +68,89 @@ def view(
     line += f"({_bytes(totals['bytes_unfused'])} without fusion), at best {_time(totals['floor_seconds'])}"
     screen.print(line, soft_wrap=True)
     screen.print(f"page {out}", soft_wrap=True, markup=False)
+
+
+@app.command()
+@verb
+def accuracy(
+    target: str = TARGET,
+    backend: str = typer.Option(
+        "inductor", "--backend", help="A registered backend, or the function module:name or file.py:name."
+    ),
+    repro: Path = typer.Option(Path("repro.py"), "--repro", metavar="FILE", help="Written when compiled is worse."),
+    check: bool = typer.Option(False, "--check", help="Exit 1 when compiled is less accurate than eager."),
+    batch: int = BATCH,
+    seq_len: int = SEQ_LEN,
+    seed: int = SEED,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Eager and compiled against float64: which is closer, for every output and gradient.
+
+    When compiled is more than twice as far away, the operator responsible is found by bisection, and a script that
+    shows the fault by itself is written.
+    """
+    from ridgeline.compiler.accuracy.check import check as check_accuracy
+    from ridgeline.compiler.target import resolve
+
+    check_out(repro, "--repro")
+    result = check_accuracy(resolve(target, seed, batch, seq_len), backend, repro, say)
+    if as_json:
+        emit(result.to_dict())
+    else:
+        print_accuracy(result)
+    if check and result.worse:
+        raise typer.Exit(1)
+
+
+def print_accuracy(result: Any, most: int = 12) -> None:
+    """The verdict, the tensors with the largest errors, and who is to blame."""
+    screen = console()
+    table = Table(
+        title="Distance from float64: relative (2-norm) and largest absolute",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("tensor", overflow="fold")
+    for name in ("eager", "compiled", "max eager", "max comp."):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("closer", no_wrap=True)
+    for one in sorted(result.rows, key=lambda row: (not row.worse, -row.compiled))[:most]:
+        numbers = (one.eager, one.compiled, one.eager_largest, one.compiled_largest)
+        closer = "eager (worse)" if one.worse else one.closer
+        name = one.name.replace("gradient of", "grad")
+        table.add_row(name, *(f"{value:.2g}" for value in numbers), closer)
+    screen.print(table)
+    if len(result.rows) > most:
+        screen.print(f"and {len(result.rows) - most} more; --json has all of them")
+    screen.print(result.verdict, soft_wrap=True, markup=False)
+    if result.worse:
+        _print_blame(screen, result)
+
+
+def _print_blame(screen: Any, result: Any) -> None:
+    if result.blame is None:
+        screen.print("no graph alone shows it: the difference comes from several graphs together, or from guards")
+        return
+    found = result.blame
+    place = f" at {found.file}:{found.line}" if found.file else ""
+    company = f", together with {', '.join(found.company)}" if found.company else ", alone"
+    screen.print(f"first responsible: {found.operator}{place}{company}", soft_wrap=True, markup=False)
+    cure = "; keeping eager's roundings cures it (emulate_precision_casts)" if found.cured_by_roundings else ""
+    screen.print(f"it goes wrong in {found.stage}{cure}", soft_wrap=True, markup=False)
+    if result.repro is not None:
+        shown = "shows it" if result.repro_confirmed else "does NOT show it in a process of its own"
+        screen.print(f"{result.repro} {shown} (inputs {result.repro_inputs})", soft_wrap=True, markup=False)
+
+
+def check_out(file: Path, option: str) -> None:
+    """Refuse a file in a folder that is not there, before any work.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not file.parent.is_dir():
+        raise UserError(f"{option} {file}: no folder {file.parent}")
 
 
 def kernel_table(kernels: list[Any], device: str, most: int = 12) -> Table:

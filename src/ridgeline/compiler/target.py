@@ -122,7 +122,7 @@ def _language_model(name: str, decoder: nn.Module, batch: int, seq_len: int) -> 
 
 def _named(text: str) -> Target:
     place, _, name = text.rpartition(":")
-    module = _load(place, text)
+    module = load_place(place, f"target '{text}'")
     if not hasattr(module, name):
         found = [one for one, value in vars(module).items() if callable(value) and not one.startswith("_")]
         raise UserError(f"target '{text}': no '{name}' in {place}{nearest(name, found)}")
@@ -135,15 +135,15 @@ def _named(text: str) -> Target:
     return Target(text, built, args, kwargs, built if isinstance(built, nn.Module) else None)
 
 
-def _load(place: str, text: str) -> Any:
-    """The module or file before the colon; what its own code raises is one line."""
+def load_place(place: str, what: str) -> Any:
+    """A module by name or the path of its file; what its own code raises is one line that begins with ``what``."""
     try:
         if not place.endswith(".py"):
             sys.path[:0] = [] if "" in sys.path else [""]
             return importlib.import_module(place)
         path = Path(place)
         if not path.is_file():
-            raise UserError(f"target '{text}': no file {place}")
+            raise UserError(f"{what}: no file {place}")
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -153,7 +153,7 @@ def _load(place: str, text: str) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"target '{text}': importing {place} raised {_short(error)}") from None
+        raise UserError(f"{what}: importing {place} raised {_short(error)}") from None
 
 
 def _built(thing: Any, text: str) -> Callable[..., Any]:
