@@ -1,7 +1,8 @@
 """The doctor inside the program: started when the program has imported torch, writes one file when it ends.
 
-It needs torch and the standard library alone. Children made by ``fork`` write nothing; processes that import torch anew
-(spawned workers, ranks) each write their own file, and the session keeps those that compiled something.
+It needs torch and the standard library alone, and imports Dynamo only when the program does. Children made by ``fork``
+write nothing; processes that import torch anew (spawned workers, ranks) each write their own file, and the session
+keeps those that compiled something.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ridgeline.compiler.doctor.injection.after import after_import
+from ridgeline.compiler.doctor.model import Observation
+from ridgeline.compiler.internals import check_version
 from ridgeline.errors import UserError
 
 _COMPILE_WORKERS = ("torch._inductor.compile_worker", "compile_worker/__main__.py")
@@ -30,7 +34,7 @@ def start(spec_file: str) -> None:
     folder = Path(spec["folder"])
     threading.Thread(target=_end_at, args=(spec["deadline"],), daemon=True).start()
     try:
-        from ridgeline.compiler.doctor.observe import Observer
+        check_version("the doctor")
     except UserError as error:
         _write(folder / f"refused-{os.getpid()}", str(error))
         os._exit(2)
@@ -38,26 +42,38 @@ def start(spec_file: str) -> None:
     for name in spec["hooks"]:
         module, _, function = name.partition(":")
         getattr(importlib.import_module(module), function)(spec)
-    observer = Observer(trace=spec["trace"], measure=spec["measure"])
-    observer.__enter__()
-    paths = None
-    if spec["compile_paths"]:
-        from ridgeline.compiler.doctor.paths import CompilePaths
-
-        paths = CompilePaths(spec["compile_paths"], spec["backend"])
-        paths.install()
-    report = _Report(folder, observer, paths)
+    report = _Report(folder, _compile_paths(spec))
+    after_import("torch._dynamo", lambda: report.observe(spec))
     atexit.register(report.write)
     _before_exit(report)
     os.register_at_fork(after_in_child=report.forget)
 
 
+def _compile_paths(spec: dict[str, Any]) -> Any:
+    if not spec["compile_paths"]:
+        return None
+    from ridgeline.compiler.doctor.paths import CompilePaths
+
+    paths = CompilePaths(spec["compile_paths"], spec["backend"])
+    paths.install()
+    return paths
+
+
 class _Report:
     """Writes the observation, once, in the process that made it."""
 
-    def __init__(self, folder: Path, observer: Any, paths: Any) -> None:
-        self.folder, self.observer, self.paths = folder, observer, paths
+    def __init__(self, folder: Path, paths: Any) -> None:
+        self.folder, self.paths = folder, paths
+        self.observer: Any = None
+        self._began = time.perf_counter()
         self._done = False
+
+    def observe(self, spec: dict[str, Any]) -> None:
+        """Dynamo is loaded."""
+        from ridgeline.compiler.doctor.observe import Observer
+
+        self.observer = Observer(trace=spec["trace"], measure=spec["measure"])
+        self.observer.__enter__()
 
     def forget(self) -> None:
         """In a forked child: its parent writes."""
@@ -74,12 +90,14 @@ class _Report:
             _write(self.folder / f"broken-{os.getpid()}", f"{type(error).__name__}: {error}")
 
     def _write(self) -> None:
-        self.observer.__exit__(None, None, None)
-        observation = self.observer.observation()
+        observation, compiled, guards = Observation(), 0, {}
+        if self.observer is not None:
+            self.observer.__exit__(None, None, None)
+            observation, compiled = self.observer.observation(), self.observer.entries
+            guards = self.observer.guard_texts()
+        observation.wall_seconds = time.perf_counter() - self._began
         observation.rank, observation.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        document: dict[str, Any] = {"observation": observation.to_dict()}
-        document["compiled"] = self.observer.entries
-        document["guards"] = self.observer.guard_texts()
+        document = {"observation": observation.to_dict(), "compiled": compiled, "guards": guards}
         if self.paths is not None:
             document["unresolved"], document["seen_names"] = self.paths.unresolved(), self.paths.names()
         _write(self.folder / f"rank{observation.rank}-{os.getpid()}.json", json.dumps(document, default=str))

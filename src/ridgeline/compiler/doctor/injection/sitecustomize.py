@@ -23,41 +23,24 @@ def _run_shadowed():
         spec.loader.exec_module(module)
 
 
-class _AfterTorch:
-    """A finder that lets torch load as always, and then starts the doctor."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name != "torch":
-            return None
-        from importlib.util import find_spec
-
-        sys.meta_path.remove(self)
-        found = find_spec("torch")
-        if found is None or found.loader is None:
-            return found
-        original = found.loader.exec_module
-
-        def exec_module(module):
-            del found.loader.exec_module
-            original(module)
-            _start()
-
-        found.loader.exec_module = exec_module
-        return found
-
-
-def _start():
+def _wait_for_torch():
     """Ridgeline may not be installed in the program's interpreter: it is found last, beside this file."""
     source = os.path.abspath(os.path.join(_HERE, *[os.pardir] * 4))
     sys.path.append(source)
     try:
-        from ridgeline.compiler.doctor import inside
+        from ridgeline.compiler.doctor.injection.after import after_import
     finally:
         sys.path.remove(source)
+    after_import("torch", _start)
+
+
+def _start():
+    from ridgeline.compiler.doctor import inside
+
     inside.start(os.environ[_SPEC_VARIABLE])
 
 
 sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != _HERE]
 _run_shadowed()
 if _SPEC_VARIABLE in os.environ:
-    sys.meta_path.insert(0, _AfterTorch())
+    _wait_for_torch()
