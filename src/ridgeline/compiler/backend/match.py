@@ -299,7 +299,7 @@ class _Pass:
         self.graph.erase_node(node)
         self.erased.add(node)
         for one in inputs:
-            if not one.users and one.op == "call_function" and not one.is_impure():
+            if one not in self.erased and not one.users and one.op == "call_function" and not one.is_impure():
                 self.erase(one)
 
 

@@ -165,13 +165,15 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
-def _plain_heads(q: Term, k: Term, v: Term, bias: Term | None = None, fill: float = -torch.inf, **_: Any) -> str | None:
+def _plain_heads(
+    q: Term, k: Term, v: Term, bias: Term | None = None, mask: Term | None = None, fill: float = -torch.inf, **_: Any
+) -> str | None:
     if any(t.shape is None or len(t.shape) != 4 or t.dtype != q.dtype for t in (q, k, v)):
         return "queries, keys and values are not all [batch, heads, positions, dim] of one dtype"
     if not all(known(a == b) for t in (k, v) for a, b in zip(q.shape[:2], t.shape[:2], strict=True)):
         return "batch or heads are broadcast"
-    if bias is not None and (bias.dtype != q.dtype or len(bias.shape) not in (2, 4)):
-        return "the additive mask has another dtype or rank"
+    if not _masks(q, bias, mask):
+        return "the mask has another dtype"
     return None if fill <= -1e30 else f"masked scores are {fill:g}, which still get weight"
 
 
@@ -232,8 +234,14 @@ def _one_query(q: Term, k: Term, v: Term, bias: Term | None = None, mask: Term |
     more = [t for t in (bias, mask) if t is not None]
     if any(len(t.shape) != 4 or not known(t.shape[1] == 1) or not known(t.shape[2] == 1) for t in more):
         return "the mask differs between heads"
-    group, rest = divmod(q.shape[1], k.shape[1])
-    return None if rest == 0 and group <= MAX_GROUP and q.dtype == k.dtype == v.dtype else "unequal groups or dtypes"
+    if not isinstance(q.shape[1], int) or not isinstance(k.shape[1], int) or q.shape[1] // k.shape[1] > MAX_GROUP:
+        return "the number of heads varies, or too many share a key"
+    return None if q.dtype == k.dtype == v.dtype and _masks(q, bias, mask) else "unequal dtypes"
+
+
+def _masks(q: Term, bias: Term | None, mask: Term | None) -> bool:
+    """Whether an additive mask is of the queries' dtype and a boolean one boolean."""
+    return (bias is None or bias.dtype == q.dtype) and (mask is None or mask.dtype == torch.bool)
 
 
 @pattern(

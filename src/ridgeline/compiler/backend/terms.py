@@ -218,6 +218,8 @@ class Terms:
     def slice(self, x: Value, dim: int, start: Any, stop: Any, step: int = 1) -> Value:
         """A stretch of one dim in fractions of it, so that halves are halves at every width."""
         size = x.shape[dim]
+        if isinstance(start, Term) or isinstance(stop, Term):
+            return self.make("slice_sized", x, dim, start, stop, step)
         if known(start == 0) and known(stop >= size) and step == 1:
             return x
         if isinstance(size, int) and isinstance(start, int) and isinstance(stop, int):
