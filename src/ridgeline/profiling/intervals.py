@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Times = NDArray[np.int64]
+_BLOCK = 1 << 18
 
 
 class Intervals(NamedTuple):
@@ -102,10 +103,12 @@ def covered(a: Intervals, low: Times, high: Times) -> Times:
 
 def contains(a: Intervals, moments: Times) -> NDArray[np.bool_]:
     """Whether each moment lies in ``a``. ``[moments]``"""
-    if not a.start.size:
-        return np.zeros(moments.shape, np.bool_)
-    at = np.searchsorted(a.start, moments, side="right") - 1
-    return (at >= 0) & (moments < a.end[np.maximum(at, 0)])
+    out = np.zeros(moments.shape, np.bool_)
+    for low in range(0, moments.size if a.start.size else 0, _BLOCK):  # no columns of places beside a large table
+        some = moments[low : low + _BLOCK]
+        at = np.searchsorted(a.start, some, side="right") - 1
+        out[low : low + _BLOCK] = (at >= 0) & (some < a.end[np.maximum(at, 0)])
+    return out
 
 
 def disjoint(*sets: Intervals) -> list[Intervals]:

@@ -80,5 +80,5 @@ class MarkColumns:
         code, time, size = columns if self._parts else (np.empty(0, np.int64),) * 3
         ends, text = np.cumsum(size), memoryview(self._text)
         spans = zip(code.tolist(), (time + base).tolist(), (ends - size).tolist(), ends.tolist(), strict=True)
-        made = [Mark(*sorts[at], moment, bytes(text[low:high])) for at, moment, low, high in spans]
+        made = [Mark._make((*sorts[at], moment, bytes(text[low:high]))) for at, moment, low, high in spans]
         return tuple(sorted(made, key=lambda one: (one.time_ns, one.name)))

@@ -50,6 +50,8 @@ HOST_LATE = ("data_loader", "garbage_collection", "synchronization", "operators"
 """Causes of a launch call that began after the device had run dry: what its thread did until then."""
 CAUSES = (*HOST_LATE, "launch_overhead", "kernel_wait", "graph_gap", "unknown")
 LAUNCH_LATENCY_NS = 10_000
+_AT_ONCE = 1 << 17
+"""Gaps explained at once: each has a time for every cause, which together would be more than a large trace's table."""
 _GARBAGE = "Python GC"
 _BLOCKING = ("Context Sync", "Stream Sync", "Event Sync")
 
@@ -118,22 +120,29 @@ def idle_by_cause(
 
     ``launch_latency_ns``: after a launch call's end this much still counts as launching when the device is dry.
     """
-    rows = []
+    spans: dict[tuple[int | None, int | None], int] = {}
+    sums: dict[tuple[int | None, int | None], Times] = {}
     for gaps in _all_gaps(table, window, launch_latency_ns, idle_gap_ns):
-        idle = int((gaps.end - gaps.start).sum())
-        for at, cause in enumerate(CAUSES):
-            own = int(gaps.parts[at].sum())
+        place, parts = (gaps.device, gaps.stream), gaps.parts
+        piece = np.stack((parts.sum(axis=1), (parts > 0).sum(axis=1), parts[:, gaps.drained].sum(axis=1)), axis=1)
+        spans[place], sums[place] = gaps.span_ns, sums.get(place, 0) + piece
+        del gaps, parts
+    rows = []
+    for (device, stream), span in spans.items():
+        counted = sums[device, stream].tolist()
+        idle = sum(own for own, _, _ in counted)
+        for cause, (own, gaps_of, drained) in zip(CAUSES, counted, strict=True):
             rows.append(
                 {
-                    "device": gaps.device,
-                    "stream": gaps.stream,
+                    "device": device,
+                    "stream": stream,
                     "cause": cause,
                     "idle_ns": own,
-                    "gaps": int((gaps.parts[at] > 0).sum()),
-                    "drained_ns": int(gaps.parts[at][gaps.drained].sum()),
-                    "share": own / max(gaps.span_ns, 1),
-                    "busy_ns": gaps.span_ns - idle,
-                    "span_ns": gaps.span_ns,
+                    "gaps": gaps_of,
+                    "drained_ns": drained,
+                    "share": own / max(span, 1),
+                    "busy_ns": span - idle,
+                    "span_ns": span,
                 }
             )
     types = {"cause": pl.String, "share": pl.Float64}
@@ -150,7 +159,7 @@ def idle_gaps(
 ) -> pl.DataFrame:
     """The ``top`` longest gaps: of whole devices, or with ``by_stream`` of single streams."""
     found = _all_gaps(table, window, launch_latency_ns, idle_gap_ns)
-    wanted = [gaps for gaps in found if gaps.device is None or (gaps.stream is not None) == by_stream]
+    wanted = (gaps for gaps in found if gaps.device is None or (gaps.stream is not None) == by_stream)
     parts = [_gap_frame(table, gaps, top) for gaps in wanted]
     types = {"cause": pl.String, "drained": pl.Boolean, "operator": pl.String}
     types |= {"next_event": pl.String, "next_operator": pl.String}
@@ -195,25 +204,27 @@ def _around(table: TraceTable, thread: NDArray[np.int32], moment: Times) -> list
 
 def _all_gaps(
     table: TraceTable, window: tuple[int, int] | None, launch_latency_ns: int, idle_gap_ns: int
-) -> list[_Gaps]:
-    """For every device all streams together, then each of them; on a CPU trace the host."""
+) -> Iterator[_Gaps]:
+    """For every device all streams together, then each of them, ``_AT_ONCE`` gaps at a time; on a CPU trace the host."""
     if why_empty(table) is not None:
-        return []
+        return
     low, high = window if window is not None else (int(table.start.min()), int(table.end.max()))
     if not table.has_device_timeline:
-        return _host_gaps(table, low, high, idle_gap_ns)
+        yield _host_gaps(table, low, high, idle_gap_ns)
+        return
     launched, host = classify.launches(table), _Host(table)
     live = table.device_rows & (table.end > table.start) & (table.start < high) & (table.end > low)
     rows = row_numbers(live)
-    out = []
-    for one, two, mine in _places(*streams(table, rows)):
-        holes = _holes(table, rows[mine], low, high)
-        begin, end, _, after = holes
-        parts, thread = _split(table, host, launched, holes, launch_latency_ns)
+    for device, stream, mine in _places(*streams(table, rows)):
         busy = clip(table.intervals(rows[mine]), low, high)
-        span, drained = int(busy.end[-1] - busy.start[0]), host.blocked_at(thread, begin)
-        out.append(_Gaps(one, two, begin, end, parts, after, thread, drained, span))
-    return out
+        if not busy.start.size:  # an empty window
+            continue
+        span = int(busy.end[-1] - busy.start[0])
+        holes = _holes(table, rows[mine], low, high)
+        for at in range(0, max(holes[0].size, 1), _AT_ONCE):
+            begin, end, before, after = (one[at : at + _AT_ONCE] for one in holes)
+            parts, thread = _split(table, host, launched, (begin, end, before, after), launch_latency_ns)
+            yield _Gaps(device, stream, begin, end, parts, after, thread, host.blocked_at(thread, begin), span)
 
 
 def _places(device: Times, stream: Times) -> Iterator[tuple[int, int | None, Mask]]:
@@ -294,12 +305,12 @@ def _split(
     done = np.clip(table.end[call], begun, end)
     # The device was dry when the call ended: it still takes a moment to start what it was given.
     started = np.where(table.end[call] > begin, np.minimum(done + latency, end), done)
-    parts = dict.fromkeys(CAUSES, np.zeros(begin.size, np.int64))
-    parts["graph_gap"] = np.where(replay, end - begin, 0)
-    parts["unknown"] = np.where(call < 0, end - begin, 0)
-    parts["launch_overhead"] = np.where(split, started - begun, 0)
-    parts["kernel_wait"] = np.where(split, end - started, 0)
-    out = np.stack([parts[cause] for cause in CAUSES])
+    out = np.zeros((len(CAUSES), begin.size), np.int64)
+    parts = dict(zip(CAUSES, out, strict=True))
+    np.copyto(parts["graph_gap"], end - begin, where=replay)
+    np.copyto(parts["unknown"], end - begin, where=call < 0)
+    np.copyto(parts["launch_overhead"], started - begun, where=split)
+    np.copyto(parts["kernel_wait"], end - started, where=split)
     for one in distinct(thread[split & (begun > begin)]):
         late = np.flatnonzero(split & (thread == one) & (begun > begin))
         for at, cause in enumerate(host.causes(one)):
@@ -309,7 +320,7 @@ def _split(
     return out, thread
 
 
-def _host_gaps(table: TraceTable, low: int, high: int, idle_gap_ns: int) -> list[_Gaps]:
+def _host_gaps(table: TraceTable, low: int, high: int, idle_gap_ns: int) -> _Gaps:
     """On a CPU trace the holes over ``idle_gap_ns`` without an operator of the driving threads, within the steps."""
     threads = classify.host_threads(table)
     steps = classify.step_rows(table)
@@ -337,7 +348,7 @@ def _host_gaps(table: TraceTable, low: int, high: int, idle_gap_ns: int) -> list
     after = np.append(rows, -1)[np.searchsorted(table.start[rows], idle.end)]
     thread = np.where(after >= 0, table.thread[after], -1).astype(np.int32)
     drained = np.zeros(idle.start.size, np.bool_)
-    return [_Gaps(None, None, idle.start, idle.end, stacked, after, thread, drained, total(span))]
+    return _Gaps(None, None, idle.start, idle.end, stacked, after, thread, drained, total(span))
 
 
 def _compiled(table: TraceTable) -> Mask:
