@@ -100,6 +100,8 @@ def _entry(source: Source, function: ast.FunctionDef) -> Entry:
     """
     if isinstance(source.parent(function), ast.ClassDef):
         raise Refused("the compiled region is the whole module: its forward cannot print outside of itself")
+    if source.parent(function) is not source.tree:
+        raise Refused(f"{function.name} does not stand at the top of the file")
     if function.name in names_read(function.body):
         raise Refused(f"{function.name} uses its own name")
     if len(function.decorator_list) == 1 and _is_compile(function.decorator_list[0]):
@@ -113,7 +115,7 @@ def _entry(source: Source, function: ast.FunctionDef) -> Entry:
     made = source.parent(call) if isinstance(call, ast.Call) and _is_compile(call) else None
     if not isinstance(made, ast.Assign) or len(made.targets) != 1 or not isinstance(made.targets[0], ast.Name):
         raise Refused(f"{function.name} is not compiled by itself: it runs inside a compiled region or also in eager")
-    if source.parent(made) is not source.parent(function):
+    if source.parent(made) is not source.tree:
         raise Refused(f"{function.name} is compiled in another place than it is written in")
     return Entry(function, made, made.targets[0].id)
 
