@@ -28,6 +28,7 @@ _PLACE = re.compile(r"#\s(?P<code>[^#]*?)\s+# (?P<file>\S+):(?P<line>\d+) in ")
 READABLE = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.Load, ast.Index, ast.UnaryOp, ast.USub)
 UNKNOWN = "?"
 MOST_TEXTS = 2000
+_TENSOR = re.compile(r"check_tensor\((?P<source>.+?), \w+, .*?(?P<dtype>torch\.\w+), .*?size=\[(?P<sizes>[^\]]*)\]")
 _ADDRESS = re.compile(r"0x[0-9a-f]+|\b\d{9,}\b")
 
 
@@ -44,6 +45,8 @@ class Failure:
     """size, stride, dtype, rank, dispatch key set, value, type, identity, length, global state, backend."""
     file: str = ""
     line: int = 0
+    differing: int = 0
+    """Guards of that compilation that the new call fails, as far as they can be read; see :func:`differing`."""
 
 
 def parse_failure(reason: str, names: Mapping[str, Any] | None = None) -> Failure:
@@ -136,11 +139,37 @@ def _short(value: Any) -> str:
 
 
 def cause(failures: Sequence[Failure]) -> Failure:
-    """The failure to blame of one recompilation's: entries come newest first, and an older one may have failed for a
-    reason of its own. The source that most entries failed by; among equals the newest entry's."""
-    by_source = Counter(one.source for one in failures)
-    most = max(by_source.values())
-    return next(one for one in failures if by_source[one.source] == most)
+    """The failure to blame of one recompilation's. Entries come newest first and each tells the first guard it failed
+    by, so: the compilation that the call is nearest to; among equals the source that most failed by; then the newest."""
+    least = min(one.differing for one in failures)
+    nearest = [one for one in failures if one.differing == least]
+    votes = Counter(one.source for one in nearest)
+    return max(nearest, key=lambda one: votes[one.source])
+
+
+def differing(texts: Sequence[str], names: Mapping[str, Any]) -> int:
+    """How many of a compilation's guards (as :class:`Guards` keeps them) do not hold for ``names``: values, lengths,
+    and tensors' dtype and sizes. Guards that cannot be read count as held."""
+    count = 0
+    for text in texts:
+        kind, _, guard = text.partition(" ")
+        if kind == "TENSOR_MATCH":
+            count += _other_tensor(guard, names)
+        elif kind == "EQUALS_MATCH" or kind.endswith("_LENGTH"):
+            _, old, new, _ = _comparison(guard, names)
+            count += new not in (UNKNOWN, old)
+    return count
+
+
+def _other_tensor(guard: str, names: Mapping[str, Any]) -> bool:
+    match = _TENSOR.search(guard)
+    found = _value(match["source"], names) if match else None
+    if match is None or found is None or not hasattr(found[0], "dtype"):
+        return False
+    sizes = [one.strip() for one in match["sizes"].split(",") if one.strip()]
+    actual = [str(one) for one in found[0].shape]
+    same = len(sizes) == len(actual) and all(a in ("None", b) for a, b in zip(sizes, actual, strict=True))
+    return not same or match["dtype"] != str(found[0].dtype)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import re
 import time
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ridgeline.compiler.doctor import precision
 from ridgeline.compiler.doctor.assemble import assemble
 from ridgeline.compiler.doctor.breaks import parse_break
 from ridgeline.compiler.doctor.clock import Clock
-from ridgeline.compiler.doctor.guards import Failure, parse_failure, parse_guards
+from ridgeline.compiler.doctor.guards import Failure, differing, parse_failure, parse_guards
 from ridgeline.compiler.doctor.model import Observation
 from ridgeline.compiler.doctor.raw import EntryInfo, Raw, SeenBreak, SeenGraph, SeenRecompile
 from ridgeline.compiler.doctor.timing import Interleave, step_timing
@@ -111,9 +112,14 @@ class Observer:
 
     def on_recompile(self, compile_id: str, code: types.CodeType, names: dict[str, Any], reasons: list[str]) -> None:
         """The values are read now: the frame is gone afterwards."""
-        failures = [_with_state(parse_failure(reason, names)) for reason in reasons]
+        failures = [self._failure(reason, names) for reason in reasons]
         seen = SeenRecompile(compile_id, code.co_name, code.co_filename, code.co_firstlineno, failures)
         self._raw.recompiles.append(seen)
+
+    def _failure(self, reason: str, names: dict[str, Any]) -> Failure:
+        failure = _with_state(parse_failure(reason, names))
+        guards = self._raw.guards.get(failure.compile_id)
+        return replace(failure, differing=differing(guards.texts, names)) if guards else failure
 
     def on_graph_copy(self, backend: str, graph: Any) -> Any:
         """Only of graphs whose precision is checked."""
@@ -172,7 +178,7 @@ def _with_state(failure: Failure) -> Failure:
     }
     if failure.what == "global state" and failure.source in readers:
         now = readers[failure.source]()
-        return Failure(**{**failure.__dict__, "old": str(not now), "new": str(now)})
+        return replace(failure, old=str(not now), new=str(now))
     return failure
 
 

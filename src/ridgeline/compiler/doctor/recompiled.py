@@ -11,6 +11,7 @@ from ridgeline.compiler.doctor.guards import cause
 from ridgeline.compiler.doctor.model import Finding, Frame
 from ridgeline.compiler.doctor.raw import EntryInfo, Raw, SeenRecompile
 
+MOST_VALUES = 5
 LIMIT = "recompile limit exceeded"
 GUARDS_SHARE, GUARDS_SHARE_OF_RUN, LEAST_CALLS = 0.1, 0.005, 8
 """Guards are a finding from this share of a compiled function's own time, and this share of the whole run."""
@@ -55,7 +56,7 @@ def _recompile(raw: Raw, frames: list[Frame], group: list[SeenRecompile]) -> Fin
         file,
         line,
         code,
-        _change(first.what, first.source, first.old, blamed[-1].new, len(group)),
+        _change(first.what, first.source, list(dict.fromkeys((one.old, one.new) for one in blamed))),
         function,
         count=len(group),
         calls=sum(cell.calls for key in ids if (cell := raw.clock_graphs.get(key))),
@@ -74,15 +75,15 @@ def _recompile(raw: Raw, frames: list[Frame], group: list[SeenRecompile]) -> Fin
     )
 
 
-def _change(what: str, source: str, old: str, new: str, times: int) -> str:
-    if what == "global state":
-        return f"{source} changed: {old} to {new}" if old != "?" else f"{source} changed"
+def _change(what: str, source: str, values: list[tuple[str, str]]) -> str:
+    """What changed, and the way its values took."""
     if what == "backend":
         return "the function is compiled again with another backend object each time"
-    again = f" ({times} compilations)" if times > 1 else ""
-    return (
-        f"{what} of {source} changed: {old} to {new}{again}" if what != "value" else f"{source}: {old} to {new}{again}"
-    )
+    way = [values[0][0], *(new for _, new in values)]
+    told = " to ".join(way) if len(way) <= MOST_VALUES else f"{way[0]} to {way[-1]} by way of {len(way) - 2} others"
+    if what in ("global state", "value"):
+        return f"{source} changed: {told}".removesuffix(": ? to ?")
+    return f"{what} of {source} changed: {told}"
 
 
 def _guard_place(raw: Raw, seen: SeenRecompile) -> tuple[str, int, str]:

@@ -95,15 +95,17 @@ class Hooks:
 
     def _log(self, name: str, handler: logging.Handler, level: int | None) -> None:
         logger = logging.getLogger(name)
-        before = logger.level
+        before, propagated = logger.level, logger.propagate
         logger.addHandler(handler)
         if level is not None:
             logger.setLevel(level)
+            logger.propagate = False  # or the program's own logs would be full of empty lines
 
         def undo() -> None:
             logger.removeHandler(handler)
             if level is not None:
                 logger.setLevel(before)
+                logger.propagate = propagated
 
         self._undo.append(undo)
 
