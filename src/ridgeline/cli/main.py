@@ -23,6 +23,7 @@ VERBS = {
     "trace": "any PyTorch trace: what it lacks, where its time went, what to try",
     "improve": "find what holds a training job back, try the knob, prove the gain",
     "doctor": "what torch.compile does to a program: breaks, recompilations, fallbacks, and what they cost",
+    "run": "a script under the settings of a doctor.toml, its code untouched",
     "generate": "generate text from a model",
     "serve": "OpenAI-compatible endpoint with continuous batching",
     "load": "load-test an endpoint: TTFT, latency percentiles, throughput",

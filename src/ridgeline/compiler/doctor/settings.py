@@ -89,10 +89,16 @@ def _for_break(finding: Finding) -> list[Knob]:
         found.append(Knob({"dynamo.reorderable_logging_functions": [name]}, LATER))
     if "backward()" in finding.reason:
         found.append(AUTOGRAD)
-    own = [one for one in finding.detail.get("stack", ()) if "site-packages" not in str(one)]
-    if len(own) > 1:
+    if len(_frames_inside(finding)) > 1:
         found.append(NESTED)
     return found
+
+
+def _frames_inside(finding: Finding) -> list[str]:
+    """The user's frames from the compiled function down to the break."""
+    stack = [str(one) for one in finding.detail.get("stack", ())]
+    entered = max((at + 1 for at, one in enumerate(stack) if "/compiler/doctor/clock.py:" in one), default=0)
+    return [one for one in stack[entered:] if "/site-packages/" not in one]
 
 
 def _for_recompile(finding: Finding) -> list[Knob]:
