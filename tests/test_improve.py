@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from ridgeline.errors import JobError, UserError
 from ridgeline.profiling.improve import BY_NAME, Knob, Plan, compare_losses, improve, judge
 from ridgeline.profiling.improve import knobs as known
-from ridgeline.profiling.improve.findings import Finding
+from ridgeline.profiling.improve.finding import Finding
 from ridgeline.profiling.improve.plan import _try_all, prove, same_order
 from ridgeline.profiling.improve.process import last_words, run
 from ridgeline.profiling.improve.proof import distance, order

@@ -4,7 +4,7 @@ losses are the same. The job may be a configuration of ours or anyone's training
 The parent process imports no torch; what runs inside the job is :mod:`ridgeline.profiling.improve.injection`.
 """
 
-from ridgeline.profiling.improve.findings import Finding
+from ridgeline.profiling.improve.finding import Finding
 from ridgeline.profiling.improve.knobs import BY_NAME, OWN, Knob
 from ridgeline.profiling.improve.plan import Improvement, Row, improve
 from ridgeline.profiling.improve.proof import Gain, compare_losses, judge

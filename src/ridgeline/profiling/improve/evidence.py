@@ -57,6 +57,12 @@ class Baseline:
         """The first rank's trace."""
         return load_table(find_traces(self.traces)[0])
 
+    @cached_property
+    def tables(self) -> dict[int, TraceTable]:
+        """Every rank's trace."""
+        found = [load_table(file) for file in find_traces(self.traces)]
+        return {one.meta.rank if one.meta.rank is not None else at: one for at, one in enumerate(found)}
+
     @property
     def scale(self) -> float:
         """Traced seconds to untraced ones: tracing slows every step down, and a gain is of steps without it."""
@@ -104,6 +110,12 @@ class Baseline:
         rows = leaf & contains(merge(phases["forward"], phases["backward"]), table.start)
         count = max(len(step_rows(table)), 1)
         return Small(float(rows.sum()) / count, float(table.duration[rows].sum()) / count / 1e9 * self.scale)
+
+    def kernel_seconds(self, wanted: Callable[[str], bool]) -> float:
+        """Untraced seconds per step inside device kernels whose names pass, first rank."""
+        rows = self.table.is_kind(Kind.KERNEL) & self.table.named(wanted)
+        steps = max(len(step_rows(self.table)), 1)
+        return total(self.table.intervals(rows)) / steps / 1e9 * self.scale
 
     def operator_seconds(self, *names: str) -> float:
         """Untraced seconds per step inside operators of these names, first rank, nested ones once."""

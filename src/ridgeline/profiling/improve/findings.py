@@ -8,53 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ridgeline.profiling.improve import knobs
+from ridgeline.profiling.improve import findings_memory, findings_ranks, knobs
 from ridgeline.profiling.improve.evidence import SYNCHRONISING, Baseline
+from ridgeline.profiling.improve.finding import SMALL_SECONDS, WORTH_NAMING, Finding, cores_per_rank, make, ranked
 from ridgeline.profiling.improve.habits import habits
-from ridgeline.profiling.improve.knobs import Knob
 from ridgeline.profiling.results import StepBreakdown
 from ridgeline.profiling.verdict import verdict
 
-WORTH_NAMING = 0.03
-"""A finding of less than this share of the step is left out."""
 MANY_OPERATORS = 100
+CONVOLUTIONS = ("conv", "fprop", "dgrad", "wgrad", "winograd")
+"""Parts of the names of cuDNN's kernels."""
 BUSY = 0.2
 """A loader that computes for this share of its wait is busy (on a shared core it cannot for much more), else it waits."""
-SMALL_SECONDS = 50e-6
-"""Operators shorter than this on average cost mostly their own dispatch."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """``seconds`` per step stand behind it; ``predicted`` is what the knob (or the edit) saves of them, [low, high]."""
-
-    name: str
-    text: str
-    seconds: float
-    predicted: tuple[float, float]
-    how: str
-    knob: Knob | None
-    advice: str
-    rank: int = 0
-    where: str = ""
-    trace: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "name": self.name,
-            "text": self.text,
-            "seconds_per_step": self.seconds,
-            "predicted_seconds": list(self.predicted),
-            "how": self.how,
-            "knob": self.knob.to_dict() if self.knob else None,
-            "advice": self.advice,
-            "evidence": {"trace": self.trace, "rank": self.rank, "where": self.where},
-        }
 
 
 def of_user_job(base: Baseline) -> list[Finding]:
@@ -78,12 +46,6 @@ def of_own_job(breakdown: StepBreakdown, step_seconds: float, config: Mapping[st
     return ranked(found, step_seconds)
 
 
-def ranked(found: list[Finding], step: float) -> list[Finding]:
-    """Those that may save a share of the ``step`` worth naming, most first."""
-    worth = [one for one in found if one.predicted[1] >= WORTH_NAMING * step]
-    return sorted(worth, key=lambda one: -one.predicted[1])
-
-
 def _loader(base: Baseline) -> Iterator[Finding]:
     """With W workers a batch takes 1/W of its time, and the rest of the step hides it: max(rest, wait / W)."""
     wait, cpu = base.data_seconds("wait"), base.data_seconds("cpu")
@@ -91,7 +53,7 @@ def _loader(base: Baseline) -> Iterator[Finding]:
     if wait < WORTH_NAMING * base.step_seconds or not loaders:
         return
     loader = _main_loader(base, loaders)
-    rest, cores = max(base.step_seconds - wait, 0.0), _cores_per_rank(base)
+    rest, cores = max(base.step_seconds - wait, 0.0), cores_per_rank(base)
     busy = cpu > BUSY * wait
     kind = "preprocessing each item in Python" if busy else "waiting in the dataset"
     where = _line_of(base, loader) or loader["item"]
@@ -107,7 +69,7 @@ def _loader(base: Baseline) -> Iterator[Finding]:
     advice = knob.permanent if knob else _iterable_advice(loader, count)
     # Workers that compute share the cores with the step itself, so that a machine may allow little of it.
     low = (0.2 if busy else 0.5) * high
-    yield _finding(base, "loader", text, wait, (low, high), how, knob, advice, where)
+    yield make(base, "loader", text, wait, (low, high), how, knob, advice, where)
 
 
 def _main_loader(base: Baseline, loaders: list[dict[str, Any]]) -> dict[str, Any]:
@@ -139,10 +101,6 @@ def _workers(wait: float, rest: float, cores: int, busy: bool) -> int:
     return max(2, min(wanted, max(cores, 2) if busy else 8))
 
 
-def _cores_per_rank(base: Baseline) -> int:
-    return max(1, int(base.facts["cores"]) // max(1, int(base.facts["local_world"])))
-
-
 def _iterable_advice(loader: dict[str, Any], count: int) -> str:
     split = "split the stream by torch.utils.data.get_worker_info() first"
     return f"{loader['where']}: {split}, then DataLoader(num_workers={count}); not tried: workers would repeat samples"
@@ -163,7 +121,7 @@ def _small_operators(base: Baseline) -> Iterator[Finding]:
     how = f"{seconds:.4f} s of host overhead and of operators that are no matrix products: fusion leaves a part of it"
     interval = (0.25 * seconds, 0.95 * seconds)
     knob = knobs.compiled()
-    yield _finding(base, "small operators", text, seconds, interval, how, knob, knob.permanent, where)
+    yield make(base, "small operators", text, seconds, interval, how, knob, knob.permanent, where)
 
 
 def _launches(base: Baseline) -> Iterator[Finding]:
@@ -173,7 +131,7 @@ def _launches(base: Baseline) -> Iterator[Finding]:
     seconds = base.phase("host", "forward", "backward", "other")
     how = f"{seconds:.4f} s the device waits for the host"
     knob = knobs.compiled(cuda_graphs=True)
-    yield _finding(base, "launches", how, seconds, (0.2 * seconds, seconds), how, knob, knob.permanent)
+    yield make(base, "launches", how, seconds, (0.2 * seconds, seconds), how, knob, knob.permanent)
 
 
 def _optimizer(base: Baseline) -> Iterator[Finding]:
@@ -186,7 +144,7 @@ def _optimizer(base: Baseline) -> Iterator[Finding]:
     text = f"{one['name']} takes {seconds:.4f} s per step over {one['tensors']} tensors, not fused"
     how = f"a fused step reads and writes the same {one['bytes'] / 1e6:.1f} MB without an operator per tensor"
     knob = knobs.fused(one["name"], one["where"])
-    yield _finding(
+    yield make(
         base, "optimizer", text, seconds, (0.2 * seconds, 0.95 * seconds), how, knob, knob.permanent, one["where"]
     )
 
@@ -205,36 +163,7 @@ def _synchronisation(base: Baseline) -> Iterator[Finding]:
         advice = f"{where}: keep it a tensor, add up on the device, and read it every N steps"
         how = f"at most all {seconds:.4f} s of the line, at least the {inside:.4f} s inside aten::item"
         low = min(inside, seconds) if len(sites) == 1 else 0.0
-        yield _finding(base, "synchronisation", text, seconds, (low, seconds), how, None, advice, where)
-
-
-def _straggler(base: Baseline) -> Iterator[Finding]:
-    """A rank that the others wait for: it waits least itself, and arrives last nearly always."""
-    waits = base.breakdown.waits
-    if len(waits) < 2:
-        return
-    late = min(waits, key=lambda one: one.waiting_seconds)
-    others = [one.waiting_seconds for one in waits if one.rank != late.rank]
-    seconds = (min(others) - late.waiting_seconds) * base.scale
-    if late.last_arrivals < 0.6 * base.breakdown.matched_collectives or seconds < 0.05 * base.step_seconds:
-        return
-    where = _excess(base, late.rank)
-    share = late.last_arrivals / max(base.breakdown.matched_collectives, 1)
-    text = f"rank {late.rank} arrives last at {share:.0%} of the collectives; the others wait {seconds:.4f} s for it"
-    how = f"the {seconds:.4f} s per step that the rank which waits least of the others waits longer"
-    advice = f"{where or f'rank {late.rank}'}: give this rank the work of the others"
-    yield _finding(base, "straggler", text, seconds, (0.5 * seconds, seconds), how, None, advice, where, rank=late.rank)
-
-
-def _excess(base: Baseline, late: int) -> str:
-    """The line on which a rank spends more than the mean of the others, most."""
-    others = [one["rank"] for one in base.ranks if one["rank"] != late]
-    mean: dict[str, float] = {}
-    for rank in others:
-        for where, seconds in base.seconds_at(rank).items():
-            mean[where] = mean.get(where, 0.0) + seconds / len(others)
-    mine = base.seconds_at(late)
-    return max(mine, key=lambda where: mine[where] - mean.get(where, 0.0), default="")
+        yield make(base, "synchronisation", text, seconds, (low, seconds), how, None, advice, where)
 
 
 def _idle(base: Baseline) -> Iterator[Finding]:
@@ -247,22 +176,7 @@ def _idle(base: Baseline) -> Iterator[Finding]:
     if base.data_seconds("wait") > 0.5 * seconds and where.rpartition(":")[0] in known:
         return
     text = f"{seconds:.4f} s per step without any recorded event"
-    yield _finding(base, "idle", text, seconds, (0.0, seconds), text, None, f"{where}: look here first", where)
-
-
-def _threads(base: Baseline) -> Iterator[Finding]:
-    """Ranks of a machine should use its cores once: not fewer, not more."""
-    if base.facts["cuda"]:
-        return
-    used, fair = int(base.facts["threads"]), _cores_per_rank(base)
-    compute = base.part("compute") + base.part("optimizer")
-    if used == fair or base.leaves.mean_seconds < SMALL_SECONDS / 2:
-        return
-    share = 1 - used / fair if used < fair else 1 - fair / used
-    text = f"{used} threads per process and {fair} cores for each"
-    how = f"{compute:.4f} s of operators with {fair} threads instead of {used}"
-    knob = knobs.threads(fair)
-    yield _finding(base, "threads", text, compute, (0.0, compute * share), how, knob, knob.permanent)
+    yield make(base, "idle", text, seconds, (0.0, seconds), text, None, f"{where}: look here first", where)
 
 
 def _precision(base: Baseline) -> Iterator[Finding]:
@@ -276,7 +190,7 @@ def _precision(base: Baseline) -> Iterator[Finding]:
     text = f"{matmul:.4f} s of matrix products in fp32"
     how = f"half of {text} with bf16 units"
     interval = (0.2 * matmul if base.facts["cuda"] else 0.0, 0.6 * matmul)
-    yield _finding(base, "precision", text, matmul, interval, how, knob, knob.permanent)
+    yield make(base, "precision", text, matmul, interval, how, knob, knob.permanent)
 
 
 def processor_has_bf16() -> bool:
@@ -286,16 +200,14 @@ def processor_has_bf16() -> bool:
     return "amx_bf16" in text or "avx512_bf16" in text
 
 
-def _reduction(base: Baseline) -> Iterator[Finding]:
-    """DDP's all-reduces in fewer and larger buckets, without copies between gradients and buckets."""
-    ddp, seconds = base.facts["ddp"], base.part("communication")
-    late = next(_straggler(base), None)
-    if not ddp or ddp["view"] or late is not None:
+def _convolutions(base: Baseline) -> Iterator[Finding]:
+    """cuDNN chooses convolution algorithms by rules of thumb unless it may time them."""
+    if not base.facts["cuda"] or base.facts["cudnn_benchmark"]:
         return
-    knob = knobs.buckets(max(100, 4 * int(ddp["bucket_cap_mb"])), ddp["where"])
-    text = f"{seconds:.4f} s of exposed communication per step in buckets of {ddp['bucket_cap_mb']} MB"
-    how = f"fewer starts and no copies, of {seconds:.4f} s"
-    yield _finding(base, "reduction", text, seconds, (0.0, 0.5 * seconds), how, knob, knob.permanent, ddp["where"])
+    seconds = base.kernel_seconds(lambda name: any(part in name.lower() for part in CONVOLUTIONS))
+    knob = knobs.cudnn_benchmark()
+    text = f"{seconds:.4f} s of convolutions with algorithms that nothing has timed"
+    yield make(base, "convolutions", text, seconds, (0.0, 0.3 * seconds), text, knob, knob.permanent)
 
 
 def _copies(base: Baseline) -> Iterator[Finding]:
@@ -305,7 +217,7 @@ def _copies(base: Baseline) -> Iterator[Finding]:
         return
     knob = knobs.pin_memory(loaders[0]["where"])
     how = f"the {seconds:.4f} s of exposed copies"
-    yield _finding(base, "copies", how, seconds, (0.0, seconds), how, knob, knob.permanent, loaders[0]["where"])
+    yield make(base, "copies", how, seconds, (0.0, seconds), how, knob, knob.permanent, loaders[0]["where"])
 
 
 def _habits(base: Baseline) -> Iterator[Finding]:
@@ -313,24 +225,7 @@ def _habits(base: Baseline) -> Iterator[Finding]:
     for name, seconds, where, cure, knob in habits(base):
         text = f"{name}: {seconds:.4f} s per step"
         advice = knob.permanent if knob else f"{where}: {cure}"
-        yield _finding(base, name, text, seconds, (0.0, seconds), f"all {seconds:.4f} s of it", knob, advice, where)
-
-
-def _finding(
-    base: Baseline,
-    name: str,
-    text: str,
-    seconds: float,
-    interval: tuple[float, float],
-    how: str,
-    knob: Knob | None,
-    advice: str,
-    where: str = "",
-    rank: int = 0,
-) -> Finding:
-    low, high = (min(max(one, 0.0), base.step_seconds) for one in interval)
-    trace = str(base.traces / f"rank{rank}.json.gz")
-    return Finding(name, text, seconds, (low, high), how, knob, advice, rank, where, trace)
+        yield make(base, name, text, seconds, (0.0, seconds), f"all {seconds:.4f} s of it", knob, advice, where)
 
 
 RULES: tuple[Callable[[Baseline], Iterator[Finding]], ...] = (
@@ -339,11 +234,17 @@ RULES: tuple[Callable[[Baseline], Iterator[Finding]], ...] = (
     _launches,
     _optimizer,
     _synchronisation,
-    _straggler,
+    findings_ranks.straggler,
     _idle,
-    _threads,
+    findings_ranks.threads,
+    findings_ranks.pinning,
+    findings_memory.recomputation,
+    findings_memory.out_of_cache,
+    findings_memory.accumulation,
+    findings_memory.allocator,
     _precision,
-    _reduction,
+    _convolutions,
+    findings_ranks.reduction,
     _copies,
     _habits,
 )

@@ -117,6 +117,27 @@ def buckets(megabytes: int = 100, where: str = "") -> Knob:
     return Knob("buckets", text, "reordered", _at(where, text), {"ddp": change})
 
 
+def keep_activations(where: str = "") -> Knob:
+    """``torch.utils.checkpoint`` calls its function and keeps what the backward needs, instead of computing it again."""
+    text = "no torch.utils.checkpoint"
+    permanent = _at(where, "call the function itself instead of checkpoint(function, ...)")
+    return Knob("keep-activations", text, "same", permanent, {"checkpoint": "off"})
+
+
+def checkpoint_blocks() -> Knob:
+    """Activation checkpointing of every repeated block: less memory for a second forward."""
+    text = "torch.utils.checkpoint around every repeated block"
+    permanent = "torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) for every block"
+    return Knob("checkpointing", text, "same", permanent, {"checkpoint": "blocks"})
+
+
+def micro_batches(parts: int = 8) -> Knob:
+    """The model's forward over ``parts`` of the batch one after the other; loss and backward see the whole batch."""
+    text = f"the forward in {parts} parts of the batch"
+    permanent = f"torch.cat([model(part) for part in batch.chunk({parts})]) instead of model(batch)"
+    return Knob("micro-batches", text, "reordered", permanent, {"parts": parts})
+
+
 def _at(where: str, text: str) -> str:
     return f"{where}: {text}" if where else text
 
@@ -133,6 +154,9 @@ BY_NAME = {
     "threads": threads(1),
     "pin": pin_cores(),
     "buckets": buckets(),
+    "keep-activations": keep_activations(),
+    "checkpointing": checkpoint_blocks(),
+    "micro-batches": micro_batches(),
 }
 """What ``--knob NAME`` means for a user's job when no finding asks for it with values of its own."""
 

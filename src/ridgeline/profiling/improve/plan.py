@@ -17,7 +17,8 @@ from ridgeline.errors import JobError, UserError, nearest
 from ridgeline.profiling.breakdown import analyze
 from ridgeline.profiling.improve import knobs as known
 from ridgeline.profiling.improve.evidence import Baseline
-from ridgeline.profiling.improve.findings import Finding, of_own_job, of_user_job
+from ridgeline.profiling.improve.finding import Finding
+from ridgeline.profiling.improve.findings import of_own_job, of_user_job
 from ridgeline.profiling.improve.knobs import Knob
 from ridgeline.profiling.improve.proof import Gain, SameResult, compare_losses, judge, order
 from ridgeline.profiling.improve.scores import score

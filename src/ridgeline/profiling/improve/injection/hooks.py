@@ -1,7 +1,7 @@
 """The hooks, each small: what is seen is noted in the recorder, what a knob asks for is changed.
 
 ``spec["knobs"]`` holds one table per hook: ``loader``, ``optimizer``, ``ddp``, ``compile``, ``autocast``, ``threads``,
-``pin``, ``backends``. An empty one changes nothing, so that the unchanged job runs under the same hooks.
+``pin``, ``backends``, ``checkpoint``, ``parts``. An empty one changes nothing, so that the unchanged job runs under the same hooks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.utils.data
 
+from . import memory
 from .observe import place
 from .recorder import Recorder
 
@@ -33,6 +34,7 @@ def install(spec: dict[str, Any], recorder: Recorder) -> None:
     _optimizers(knobs.get("optimizer", {}), recorder)
     _ddp(knobs.get("ddp", {}), recorder)
     _models(knobs, recorder)
+    memory.hook_checkpoint(knobs.get("checkpoint"), recorder)
     _backward(recorder)
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -261,7 +263,15 @@ def _is_compiled(module: torch.nn.Module) -> bool:
 
 
 def change_modules(modules: list[torch.nn.Module], knobs: dict[str, Any], recorder: Recorder) -> None:
-    """Compile and autocast in place: names of parameters and the objects the script holds stay what they are."""
+    """Change models in place: names of parameters and the objects the script holds stay what they are."""
+    if knobs.get("checkpoint") == "blocks" or "parts" in knobs:
+        if recorder.facts["compiled"]:
+            raise RuntimeError("the job compiles its model itself")
+        if "parts" in knobs:
+            for module in modules:
+                memory.split_forward(module, knobs["parts"], recorder)
+        else:
+            memory.checkpoint_blocks(modules, recorder)
     if "autocast" in knobs:
         for module in modules:
             module.forward = _in_autocast(module, getattr(torch, knobs["autocast"]))
@@ -293,15 +303,22 @@ def _in_autocast(module: torch.nn.Module, dtype: torch.dtype) -> Any:
 
 
 def _backward(recorder: Recorder) -> None:
-    """``Tensor.backward`` calls ``torch.autograd.backward`` by that name, so this one hook sees both."""
+    """``Tensor.backward`` calls ``torch.autograd.backward`` by that name, so this one hook sees both. A backward within a
+    backward is no pass of its own: reentrant checkpointing makes one for each function."""
     original = torch.autograd.backward
 
     @functools.wraps(original)
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        if recorder.in_backward:
+            return original(tensors, *args, **kwargs)
         recorder.loss(tensors)
-        if not recorder.tracing:
-            return original(tensors, *args, **kwargs)
-        with torch.profiler.record_function("ridgeline.backward"):
-            return original(tensors, *args, **kwargs)
+        recorder.in_backward = True
+        try:
+            if not recorder.tracing:
+                return original(tensors, *args, **kwargs)
+            with torch.profiler.record_function("ridgeline.backward"):
+                return original(tensors, *args, **kwargs)
+        finally:
+            recorder.in_backward = False
 
     torch.autograd.backward = backward

@@ -38,6 +38,8 @@ class Recorder:
         self.pid = os.getpid()
         self.steps = 0
         self.facts: dict[str, Any] = {"loaders": [], "optimizers": [], "ddp": None, "modules": [], "compiled": False}
+        self.facts["checkpoint"] = None
+        self.in_backward = False
         self.applied: set[str] = set()
         self.at_first_step: list[Any] = []
         self._marker: Any = None
@@ -47,7 +49,8 @@ class Recorder:
         self._passes: list[int] = []
         self._passes_now = 0
         self._stamps: list[float] = []
-        self._data = dict.fromkeys(("wait", "cpu", "start"), 0.0)
+        self._data = dict.fromkeys(("wait", "cpu", "start", "recompute"), 0.0)
+        self._switches = 0
         self._orders: dict[int, list[int]] = {}
         self._sampler: observe.Sampler | None = None
         self._capture: observe.Capture | None = None
@@ -68,7 +71,8 @@ class Recorder:
                 self._micro.append(one.detach().clone())
 
     def data(self, kind: str, seconds: float) -> None:
-        """Time spent waiting for a loader (``wait``), processor time of it (``cpu``), or starting one (``start``)."""
+        """Time spent waiting for a loader (``wait``), processor time of it (``cpu``), starting one (``start``), or computing
+        checkpointed activations again (``recompute``)."""
         self._data[kind] += seconds
 
     def order(self, iterator: int, indices: Any) -> None:
@@ -103,6 +107,8 @@ class Recorder:
             synchronize()
         if warmup <= self.steps <= last:
             self._stamps.append(time.perf_counter())
+        if self.steps in (warmup, last):
+            self._switches = pushed_off() - self._switches
         if self.steps == warmup:
             self._data = dict.fromkeys(self._data, 0.0)
             if self.spec["profile"]:
@@ -155,7 +161,11 @@ class Recorder:
             "threads": torch.get_num_threads(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "local_world": int(os.environ.get("LOCAL_WORLD_SIZE", world())),
+            "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
             "cuda": torch.cuda.is_available(),
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            "free_bytes": free_bytes(),
+            "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0) if torch.cuda.is_available() else 0,
             "torch": torch.__version__,
         }
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
@@ -168,6 +178,7 @@ class Recorder:
             "losses": [[float(one.double()) for one in step] for step in self._losses],
             "passes": self._passes,
             "data": getattr(self, "_measured", self._data),
+            "switches": self._switches,
             "orders": list(self._orders.values()),
             "samples": self._sampler.table() if self._sampler else [],
             "sites": self._sites.table() if self._sites else [],
@@ -213,6 +224,23 @@ def world() -> int:
     if group.is_available() and group.is_initialized():
         return int(group.get_world_size())
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def pushed_off() -> int:
+    """How often this process had to leave its core though it could have gone on."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def free_bytes() -> int | None:
+    """Memory that is free now: of the GPU, else of the machine by the kernel's own estimate; None where it tells none."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def synchronize() -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ridgeline.profiling.improve import knobs
-from ridgeline.profiling.improve.findings import Finding, processor_has_bf16, ranked
+from ridgeline.profiling.improve.finding import Finding, ranked
+from ridgeline.profiling.improve.findings import processor_has_bf16
 from ridgeline.profiling.improve.knobs import Knob
 from ridgeline.profiling.improve.serving.job import Load, Served
 from ridgeline.profiling.improve.trial import Trial
