@@ -1,9 +1,9 @@
 """Load a trace and analyse it: Ridgeline against Holistic Trace Analysis from PyPI, on the same files.
 
 Every contender of every round and file is a process of its own, in alternating order. Imports are not counted, for
-either: seconds are wall time from the path to the last frame, memory is the peak above the imports. An analysis counts
-for a file only if HTA completes it there (a first run, not timed, finds out); ours then runs its own of the same
-question:
+either (``numpy.ma`` is one of them: pandas loads it with itself, Polars with its first column): seconds are wall time
+from the path to the last frame, memory is the peak above the imports. An analysis counts for a file only if HTA
+completes it there (a first run, not timed, finds out); ours then runs its own of the same question:
 
 =========== ================================ ==========================================
 analysis    HTA                              Ridgeline
@@ -125,6 +125,7 @@ def work(path: str, analyses: list[str]) -> dict[str, float]:
     """Our side, in its own process: seconds of each part and the peak memory above the imports."""
     from ridgeline.profiling.load import load_tables
 
+    importlib.import_module("numpy.ma")
     run = {name: _function(ANALYSES[name]) for name in analyses}
     with open("/proc/self/statm") as file:
         before = int(file.read().split()[1]) * resource.getpagesize()

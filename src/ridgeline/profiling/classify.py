@@ -236,8 +236,8 @@ def _kernel_roles(
     settle(table.is_kind(Kind.DEVICE_OTHER), "unknown", "none")
     settle(kernel & _names_with_argument(table, kernel, b'"Collective name"'), "communication", "arguments")
     settle(kernel & by_launch, "communication", "launch")
-    named_compute = table.named(COMPUTE_KERNEL.search)
-    settle(kernel & ~named_compute & table.named(COLLECTIVE_KERNEL.search), "communication", "name")
+    named_compute, named_collective = _by_name(table, kernel)
+    settle(kernel & named_collective, "communication", "name")
     settle(kernel & _launched_in(table, launched, phases.ranges["optimizer"]), "optimizer", "launch")
     settle(kernel & computed, "compute", "launch")
     settle(kernel & named_compute, "compute", "name")
@@ -263,6 +263,22 @@ def checked_roles(user_table: Mapping[str, str]) -> list[tuple[re.Pattern[str], 
     return out
 
 
+def _by_name(table: TraceTable, kernel: Mask) -> tuple[Mask, Mask]:
+    """(rows with the name of a compute library's kernel, rows with that of a communication library's and not the former).
+
+    Names of kernels are long and the patterns many, so no name is searched for what it need not be."""
+    open_names = np.zeros(len(table.names), np.bool_)
+    open_names[distinct(table.name[kernel])] = True
+    found = []
+    for pattern in (COMPUTE_KERNEL, COLLECTIVE_KERNEL):
+        one = np.zeros(len(table.names), np.bool_)
+        for code in np.flatnonzero(open_names).tolist():
+            one[code] = pattern.search(table.names[code]) is not None
+        open_names &= ~one
+        found.append(look_up(one, table.name))
+    return found[0], found[1]
+
+
 def _names_with_argument(table: TraceTable, rows: Mask, argument: bytes) -> Mask:
     """Rows whose name carries ``argument`` in at least half of a sample spread over its rows (work carried over from
     before the capture lost its arguments, so one look at the first would not do)."""
@@ -274,7 +290,12 @@ def _names_with_argument(table: TraceTable, rows: Mask, argument: bytes) -> Mask
     found = []
     for code, low, high in zip(codes.tolist(), first.tolist(), [*first[1:].tolist(), at.size], strict=True):
         sample = at[order[sorted(set(np.linspace(low, high - 1, _SAMPLE).astype(np.intp).tolist()))]].tolist()
-        if 2 * sum(argument in bytes(table.args[one]) for one in sample) >= len(sample):
+        open_, wanted = len(sample), (len(sample) + 1) // 2
+        for one in sample:  # until it is decided
+            open_, wanted = open_ - 1, wanted - (argument in table.args[one])
+            if wanted <= 0 or wanted > open_:
+                break
+        if wanted <= 0:
             found.append(code)
     named = np.zeros(len(table.names), np.bool_)
     named[found] = True
