@@ -96,6 +96,8 @@ def test_targets_are_told_apart(tmp_path: Path) -> None:
     with Run.create("train", "x", config=resolved, root=tmp_path) as trained:
         pass
     job = resolve([trained.id, "train.seed=5"], runs_root=tmp_path).job(tmp_path / "trials", Plan())
+    assert resolve(["latest:train"], runs_root=tmp_path).settings() == {"target": [trained.id]}
+    assert resolve(["latest:train"], runs_root=tmp_path).name == "x"
     assert isinstance(job, OwnJob) and job.job == parse_config(resolved, ["train.seed=5"])
     (tmp_path / "again.toml").write_text(to_toml(resolved), encoding="utf-8")
     assert load_config(tmp_path / "again.toml") == config

@@ -30,13 +30,15 @@ _RUN_ID = re.compile(r"\d{8}-\d{6}(-|$)")
 
 @dataclass(frozen=True)
 class Target:
-    """``words`` as given; with ``config`` tables, ``words[1:]`` are overrides of them."""
+    """``words`` as given, a run by its id; with ``config`` tables, ``words[1:]`` are overrides of them. ``label`` names it
+    where the words do not."""
 
     words: tuple[str, ...]
     config: Mapping[str, Any] | None = None
     served: Served | None = None
     load: Load | None = None
     parents: tuple[str, ...] = ()
+    label: str = ""
 
     @property
     def own(self) -> bool:
@@ -48,6 +50,8 @@ class Target:
     @property
     def name(self) -> str:
         """For the run's name."""
+        if self.label:
+            return self.label
         if self.served is not None:
             return Path(self.served.model).name
         files = (Path(one).stem for one in self.words if one.endswith((".py", ".toml")))
@@ -98,20 +102,22 @@ def _run(words: tuple[str, ...], runs_root: str | Path | None) -> Run | None:
 
 
 def _of_run(run: Run, words: tuple[str, ...], runs_root: str | Path | None) -> Target:
-    parents = (run.id,)
+    parents, label = (run.id,), str(run.info["name"])
+    words = (run.id, *words[1:])  # what "latest" means changes
     if run.kind == "serve":
         if len(words) > 1:
             raise UserError(
                 f"{words[1]}: a run of serve takes no overrides; give -- ridgeline serve MODEL with options"
             )
         served, load = from_run(run)
-        return Target(words, served=served, load=load, parents=parents)
+        return Target(words, served=served, load=load, parents=parents, label=label)
     config = run.config
     if run.kind in ("train", "profile") and "train" in config:
-        return Target(words, config=config, parents=parents)
+        return Target(words, config=config, parents=parents, label=label)
     if run.kind == "improve":
         if "served" in config:
-            return Target(words, served=Served(**config["served"]), load=Load(**config["load"]), parents=parents)
+            served, load = Served(**config["served"]), Load(**config["load"])
+            return Target(words, served=served, load=load, parents=parents, label=label)
         again = resolve([*config["target"], *words[1:]], runs_root=runs_root)
         return replace(again, parents=parents)
     raise UserError(f"run {run.id} is of kind {run.kind}: improve takes a run of train, profile, serve or improve")
