@@ -14,6 +14,7 @@ the call of a collective (waking up from the previous one) has that call's name,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -78,7 +79,7 @@ class _Compared:
         self.cost = dict(whole.group_by("match").agg(pl.col("caused_wait_ns").max()).rows())
         ranks = sorted(set(whole["rank"].to_list()))
         self.begin = {one: _begin(tables[one]) for one in ranks}
-        self.layers = {
+        self.layers: dict[str, dict[int, Any]] = {
             "device": {one: _device(tables[one]) for one in ranks},
             "host": {one: _host(tables[one]) for one in ranks},
         }
