@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.padding import Padding
 from rich.syntax import Syntax
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from ridgeline.cli.common import JSON_OPTION, RUNS_OPTION, console, emit, new_app, verb
 from ridgeline.cli.units import human_seconds
-from ridgeline.errors import JobError
+from ridgeline.errors import JobError, UserError
 
 app = new_app("What torch.compile does to a program: breaks, recompilations, silent fallbacks, and what they cost.")
 
@@ -51,6 +52,8 @@ def doctor(
         [], "--compile", metavar="PATH", help="Compile this too: model, or model.layers.* for each block."
     ),
     backend: str = typer.Option("inductor", "--backend", help="Backend of --compile."),
+    no_fix: bool = typer.Option(False, "--no-fix", help="Observe and time only; try no fixes."),
+    apply: bool = typer.Option(False, "--apply", help="Edit the files as the kept fixes say; the diff is kept."),
     no_timing: bool = typer.Option(False, "--no-timing", help="One run: no second start, no eager against compiled."),
     check: bool = typer.Option(False, "--check", help="For CI: one run, no fixes; exit 1 beyond the budget."),
     breaks: int = typer.Option(0, "--breaks", min=0, help="Budget of --check."),
@@ -72,26 +75,56 @@ def doctor(
     from ridgeline.compiler.doctor.target import resolve_target
     from ridgeline.runs import Run
 
+    if apply and (no_fix or check):
+        raise UserError(f"--apply: {'--no-fix' if no_fix else '--check'} tries no fixes to apply")
     check_cache_folder()
     chosen = resolve_target(target, compile_path)
     plan = Plan(timeout=timeout, backend=backend)
-    trials: list[Any] = []
     config = {"command": list(chosen.command), "compile": list(compile_path), "backend": backend}
+    out = console(as_json)
     with Run.create("doctor", chosen.name, config=config, root=runs) as run:
         with _progress() as say:
             timing = not (check or no_timing)
             observation = diagnose(chosen, run.artifact("runs"), plan, timing=timing, say=say)
-        answer = document(observation, trials)
+        if not as_json:
+            print_observation(out, observation, chosen.name, top)
+        trials = None if check or no_fix or not observation.findings else _fix(chosen, observation, run, plan)
+        after = trials.after.summary() if trials is not None and trials.after is not None else None
+        answer = document(observation, trials or (), after)
         run.save_json("artifacts/doctor.json", answer)
         run.summarize(**{name: answer["before"][name] for name in SUMMARY})
+        edited = _keep(trials, run, apply)
         if as_json:
-            emit({**answer, "run": run.id})
+            emit({**answer, "run": run.id, "edited": edited})
         else:
-            print_observation(console(), observation, chosen.name, top)
-            console().print(f"run {run.path}", soft_wrap=True, markup=False)
+            print_trials(out, trials, observation.findings, run.path, edited, target)
+            out.print(f"run {run.path}", soft_wrap=True, markup=False)
         budget = {"breaks": breaks, "recompiles": recompiles, "fallbacks": fallbacks}
         if check and (beyond := over_budget(observation, budget)):
             raise JobError(f"over budget: {'; '.join(beyond)}")
+
+
+def _fix(target: Any, observation: Any, run: Any, plan: Any) -> Any:
+    """Try the fixes; their processes' logs stay in the run."""
+    from ridgeline.compiler.doctor.fixes import try_fixes
+
+    with _progress() as say:
+        folder = run.artifact("trials")
+        return try_fixes(target, observation, progress=say, folder=folder, timeout=plan.timeout, backend=plan.backend)
+
+
+def _keep(trials: Any, run: Any, edit: bool) -> list[str]:
+    """Kept settings and rewrites into the run; into the user's files only when asked, after the diff is written."""
+    if trials is None:
+        return []
+    from ridgeline.compiler.doctor.fixes import apply
+    from ridgeline.compiler.doctor.plan_toml import write_toml
+
+    if trials.setting:
+        write_toml(run.artifact("doctor.toml"), trials.setting, [f"kept by ridgeline doctor, run {run.id}"])
+    if trials.diff and not edit:
+        run.artifact("fixes.diff").write_text(trials.diff, encoding="utf-8")
+    return [str(one) for one in apply(trials, run.artifact("fixes.diff"))] if edit else []
 
 
 SUMMARY = ("graphs", "breaks", "recompiles", "fallbacks", "compile_seconds", "steps", "step_seconds", "lost_seconds")
@@ -214,6 +247,69 @@ def phases_table(observation: Any) -> Table:
         what = f"{len(frames)} compilations, {guards} guards"
         table.add_row(Text(place), human_seconds(seconds), what)
     return table
+
+
+def print_trials(
+    out: Console, trials: Any, findings: Sequence[Any], run: Path, edited: Sequence[str], target: Sequence[str]
+) -> None:
+    """What was tried and what was kept, then how to have it. Numbers are the findings' in the table above."""
+    if trials is None:
+        return
+    numbers = {one.key: number for number, one in enumerate(findings, 1)}
+    out.print()
+    if trials.note:
+        out.print(f"no fixes tried: {trials.note}", soft_wrap=True, markup=False)
+        return
+    if any(one.fix for one in trials):
+        out.print(trials_table(trials, numbers))
+    for one in trials:
+        if not one.kept and one.why:
+            number, name = numbers.get(one.finding.key, "-"), one.fix or "no fix"
+            out.print(Padding(Text(f"{number}. {name}: {one.why}", style="dim"), (0, 0, 0, 1)))
+    if trials.gain is not None:
+        before, after = human_seconds(trials.gain.before_seconds), human_seconds(trials.gain.after_seconds)
+        out.print(Text(f"Kept together: {before} before, {after} after.", style="bold green"))
+    elif any(one.fix for one in trials):
+        out.print("nothing kept: the program stays as it is")
+    if trials.setting:
+        command = f"ridgeline run --doctor {run / 'artifacts' / 'doctor.toml'} {' '.join(target)}"
+        out.print(f"settings, without touching the code: {command}", soft_wrap=True, markup=False)
+    if trials.diff:
+        verb = f"edited: {', '.join(edited)}; taken back by" if edited else "to apply (or --apply):"
+        flags = "-R -p1" if edited else "-p1"
+        out.print(f"{verb} patch {flags} < {run / 'artifacts' / 'fixes.diff'}", soft_wrap=True, markup=False)
+        out.print(Syntax(trials.diff, "diff", background_color="default", word_wrap=True))
+
+
+def trials_table(trials: Sequence[Any], numbers: dict[Any, int]) -> Table:
+    """Finding, fix, breaks and recompilations before and after, error against eager's, gain, kept or not."""
+    title = "Fixes tried: proven against float64, timed in turn; seconds saved over the run"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", justify="right")
+    table.add_column("fix", overflow="fold", min_width=16)
+    for name in ("breaks", "recompiles", "error", "predicted", "measured", "kept"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in (one for one in trials if one.fix):
+        ratio = f"{one.error / one.error_eager:.1f}x eager" if one.error and one.error_eager else "-"
+        table.add_row(
+            str(numbers.get(one.finding.key, "")),
+            Text(one.fix, style="" if one.kept else "dim"),
+            _from_to(one.breaks_before, one.breaks_after),
+            _from_to(one.recompiles_before, one.recompiles_after),
+            "0" if one.error == 0 else ratio,
+            _signed(one.predicted_seconds),
+            _signed(one.gain_seconds),
+            Text("kept", style="bold green") if one.kept else Text("no", style="dim"),
+        )
+    return table
+
+
+def _from_to(before: int, after: int) -> str:
+    return f"{before} -> {after}" if before != after else str(before)
+
+
+def _signed(seconds: float | None) -> str:
+    return human_seconds(seconds) if seconds is None or seconds >= 0 else f"-{human_seconds(-seconds)}"
 
 
 def _by_function(frames: Sequence[Any]) -> list[tuple[str, list[Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -79,11 +80,16 @@ def _change(what: str, source: str, values: list[tuple[str, str]]) -> str:
     """What changed, and the way its values took."""
     if what == "backend":
         return "the function is compiled again with another backend object each time"
-    way = [values[0][0], *(new for _, new in values)]
+    way = [_round(one) for one in (values[0][0], *(new for _, new in values))]
     told = " to ".join(way) if len(way) <= MOST_VALUES else f"{way[0]} to {way[-1]} by way of {len(way) - 2} others"
     if what in ("global state", "value"):
         return f"{source} changed: {told}".removesuffix(": ? to ?")
     return f"{what} of {source} changed: {told}"
+
+
+def _round(text: str) -> str:
+    """``0.232`` of ``0.23203237354755402``; other texts as they are."""
+    return re.sub(r"\d+\.\d{4,}(e[-+]\d+)?", lambda match: f"{float(match.group()):.3g}", text)
 
 
 def _guard_place(raw: Raw, seen: SeenRecompile) -> tuple[str, int, str]:
@@ -124,7 +130,13 @@ def limit_findings(raw: Raw) -> list[Finding]:
             original_name(seen.function),
             calls=calls,
             lost_seconds=seconds,
-            detail={"limit": len(seen.failures), "guard": blamed.guard, "source": blamed.source, "new": blamed.new},
+            detail={
+                "limit": len(seen.failures),
+                "guard": blamed.guard,
+                "source": blamed.source,
+                "what": blamed.what,
+                "new": blamed.new,
+            },
         )
     return list(found.values())
 

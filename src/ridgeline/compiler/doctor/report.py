@@ -124,7 +124,9 @@ def _recompile_advice(what: str, source: str) -> str:
     return "make it a tensor, or call with the same value"
 
 
-def document(observation: Observation, trials: Iterable[Trial] = (), after: Mapping[str, Any] | None = None) -> Any:
+def document(
+    observation: Observation, trials: Iterable[Trial] = (), after: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What ``--json`` prints. Fields of a fix are null when none was tried; of several trials the kept one counts."""
     by_key: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
@@ -145,6 +147,8 @@ def _finding(finding: Finding, trials: list[Trial]) -> dict[str, Any]:
     own: dict[str, Any] = {**finding.to_dict(), "advice": advice(finding)}
     fields = {"fix": "fix", "kept": "kept", "why": "why", "error": "error", "gain": "gain_seconds"}
     own.update({name: getattr(best, attribute) if best else None for name, attribute in fields.items()})
+    if best is not None and not best.fix:  # a reason why there is no fix
+        own.update(fix=None, kept=None)
     own["trials"] = [{name: value for name, value in one.to_dict().items() if name != "finding"} for one in trials]
     return own
 

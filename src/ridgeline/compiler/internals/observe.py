@@ -183,6 +183,7 @@ class Hooks:
             eager = getattr(compiled, "_torchdynamo_orig_callable", function)
             entry = self.listener.on_entry(eager, compiled, backend_name(context.callback))
             functools.update_wrapper(entry, compiled)
+            entry._torchdynamo_wrapper_id = id(entry)  # type: ignore[attr-defined]  # compiling it again finds `function`
             skip_frame(entry)
             return entry
 
