@@ -284,8 +284,12 @@ def roofline(
     found = trace.roofline(measured(here), step).sort("device_time_ns", descending=True)
     names = ["rank", "operator", "dtype", "count", "device_time_ns", "flops_per_second", "bytes_per_second"]
     names += ["intensity_flops_per_byte", "bound", "share_of_ceiling", "lost_ns", "not_counted"]
-    show(found, "Roofline, the longest first", top, as_json, why_empty(first_table(trace)), names)
-    for line in [] if as_json else notes(found, trace.device == "cpu"):
+    why, remarks = why_empty(first_table(trace)), notes(found, trace.device == "cpu")
+    if as_json:
+        emit({"rows": found.to_dicts(), "why_empty": why if found.is_empty() else None, "notes": remarks})
+        return
+    show(found, "Roofline, the longest first", top, False, why, names)
+    for line in remarks:
         console().print(f"- {line}", style="dim", soft_wrap=True)
 
 

@@ -79,7 +79,8 @@ def _clocks(trace: Trace) -> Iterator[Defect]:
             yield _defect(row["rank"], "clock_offset", 0, "no matched collective ties its clock to the other ranks'")
         elif offset:
             known = "of unknown uncertainty" if doubt is None else f"+- {doubt / 1e3:.1f} us"
-            text = f"its clock is {offset / 1e3:.1f} us ahead, {known} ({row['evidence']})"
+            way = "ahead" if offset > 0 else "behind"
+            text = f"its clock is {abs(offset) / 1e3:.1f} us {way}, {known} ({row['evidence']})"
             yield _defect(row["rank"], "clock_offset", abs(offset), text)
 
 
