@@ -122,6 +122,6 @@ def test_the_roof_meets_its_slope_at_the_ridge():
     svg = plots.roofline(everything()["roofline"]["operators"], everything()["roofline"]["ceilings"]).body
     path = re.search(r'd="M([\d. L]+)" fill="none" stroke="#1b2430"', svg)[1]
     (x0, y0), (x1, y1), (_, y2) = [tuple(map(float, point.split())) for point in path.split("L")]
-    decade_x = (1180 - 112 - 20) / 2  # intensities 40 and 200: the axis is 10 .. 1000, two decades
+    decade_x = (1180 - 112 - 24) / 2  # intensities 40 and 200: the axis is 10 .. 1000, two decades
     assert x1 == pytest.approx(112 + decade_x * np.log10(4), abs=0.1)  # ridge = 4e11 / 1e10 = 40 FLOP/byte
     assert y1 == y2 and x0 < x1 and y0 > y1

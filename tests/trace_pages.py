@@ -24,7 +24,7 @@ def make_table(events, rank=0, source="made.json", links=()):
     threads = tuple(dict.fromkeys(e[2] for e in events))
     start = np.array([e[3] for e in events], np.int64)
     device = np.array([e[1] in (Kind.KERNEL, Kind.MEMCPY, Kind.MEMSET) for e in events], np.bool_)
-    stream = np.array([int(e[2][1]) for e in events], np.int64)
+    stream = np.array([int(e[2][1] or -1) for e in events], np.int64)
     return TraceTable(
         meta=TraceMeta(source=source, rank=rank),
         names=names,

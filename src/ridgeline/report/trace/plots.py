@@ -15,7 +15,7 @@ from ridgeline.report.page import Html, Section, esc, number, percent, seconds, 
 Row = Mapping[str, Any]
 BOUND = {"compute": "#0b6bcb", "memory": "#b85800"}
 CATEGORIES = ("#0b6bcb", "#23845b", "#8a4fbf", "#e0954a", "#c9a227", "#c4314b", "#8a94a0")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1180, 420, 112, 20, 18, 46
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1180, 420, 112, 24, 26, 46
 
 
 def roofline(rows: Sequence[Row], ceilings: Mapping[str, Any], limit: int = 12) -> Section:
