@@ -143,6 +143,62 @@ def _print_blame(screen: Any, result: Any) -> None:
         screen.print(f"{result.repro} {shown} (inputs {result.repro_inputs})", soft_wrap=True, markup=False)
 
 
+@app.command()
+@verb
+def package(
+    target: str = TARGET,
+    out: Path = typer.Argument(metavar="OUT", help="Folder to write; a package that is there is replaced."),
+    program: bool = typer.Option(True, "--program/--no-program", help="The model compiled ahead of time."),
+    cache: bool = typer.Option(True, "--cache/--no-cache", help="The compiler's caches, for torch.compile."),
+    max_batch: int = typer.Option(64, "--max-batch", min=2, help="Largest batch, for a language model."),
+    batch: int = BATCH,
+    seq_len: int = SEQ_LEN,
+    seed: int = SEED,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """A compiled model and the compiler's caches in one folder, for processes that must start fast.
+
+    `ridgeline.compiler.package.load.load(OUT)` gives the model, with any batch and length, and needs no C++ compiler;
+    `ridgeline compile restore OUT` puts the caches where torch.compile looks for them. A machine or a torch that the
+    package was not made for is refused by name.
+    """
+    from ridgeline.compiler.package.build import Wanted, build
+    from ridgeline.compiler.target import resolve
+
+    if not program and not cache:
+        raise UserError("--no-program --no-cache: nothing is left to write")
+    wanted = Wanted(target, program, cache, max_batch, seed, batch, seq_len)
+    document = build(resolve(target, seed, batch, seq_len), wanted, out, say)
+    if as_json:
+        emit({"folder": str(out), **document})
+        return
+    screen = console()
+    for name, about in document["files"].items():
+        screen.print(f"{out / name}  {_bytes(about['bytes'])}", soft_wrap=True, markup=False)
+    made = document["made_for"]
+    screen.print(f"for torch {made['torch']} on {made['architecture']}, {made['device']}", soft_wrap=True, markup=False)
+    if program:
+        shapes = ", ".join(" x ".join(map(str, one["shape"])) for one in document["inputs"])
+        error = document["largest_relative_error"]
+        screen.print(f"inputs {shapes}; differs from the model by at most {error:.2g}", soft_wrap=True, markup=False)
+
+
+@app.command()
+@verb
+def restore(
+    folder: Path = typer.Argument(metavar="PACKAGE", help="A folder that `compile package` wrote."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Put a package's caches where torch.compile looks for them on this machine."""
+    from ridgeline.compiler.package.load import restore as restore_cache
+
+    target, written = restore_cache(folder)
+    if as_json:
+        emit({"folder": str(target), "files": written})
+    else:
+        console().print(f"{written} files written to {target}", soft_wrap=True, markup=False)
+
+
 def check_out(file: Path, option: str) -> None:
     """Refuse a file in a folder that is not there, before any work.
 
