@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ridgeline.profiling import nesting
+from ridgeline.profiling.analyses import calltree
 from ridgeline.profiling.analyses.calltree import COLUMNS, call_tree, why_empty
 from ridgeline.profiling.load import load_table, parse_table
 
@@ -174,6 +176,15 @@ def test_it_is_what_a_stack_machine_counts(first, second):
         assert " > " not in path or path.rsplit(" > ", 1)[0] in shown[:at]
 
 
+def in_pieces(table, rows=1):
+    """The tree when hardly more than one tree of calls is looked at at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calltree, "_AT_ONCE", rows)
+        patch.setattr(nesting, "_TREES", rows)
+        table._made.clear()
+        return call_tree(table)
+
+
 spans = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 40), st.integers(0, 15)), max_size=12, unique=True)
 
 
@@ -185,6 +196,7 @@ def test_any_events_sum_and_neither_order_nor_clock_matters(raw, shift, shuffled
     assert frame["exclusive_ns"].sum() == frame.filter(frame["depth"] == 0)["inclusive_ns"].sum()
     assert frame.is_empty() or frame["exclusive_ns"].min() >= 0
     assert int(frame["count"].sum()) == len(events)
+    assert in_pieces(table_of(events)).equals(frame)
     moved = [event(name, start + 2_000 + shift, length) for name, start, length in raw]
     shuffled.shuffle(moved)
     assert call_tree(table_of(moved)).equals(frame)
@@ -219,6 +231,7 @@ def test_recorded_arrows_are_present_and_monotone():
         ("AddBackward0", "aten::add_"),
     }
     assert backward["inclusive_ns"].sum() == frame["backward_ns"].sum()
+    assert in_pieces(table, 1_000).equals(frame)
 
 
 @needs_traces

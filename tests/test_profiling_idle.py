@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ridgeline.profiling.analyses import idle
 from ridgeline.profiling.analyses.idle import CAUSES, COLUMNS, garbage_rows, idle_by_cause, idle_gaps, why_empty
 from ridgeline.profiling.load import load_table, parse_table
 from test_profiling_launches import (
@@ -278,3 +279,17 @@ def test_garbage_collections_are_seen_without_stacks() -> None:
     assert [table.names[code] for code in table.name.tolist()] == ["Python GC"]
     assert table.meta.skipped == {"X:python_function": 1}
     assert garbage_rows(table).tolist() == [True]
+
+
+@given(captures())
+def test_gaps_explained_one_by_one_are_the_same(events):
+    table = table_of(events)
+    whole, gaps = idle_by_cause(table), idle_gaps(table, top=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(idle, "_AT_ONCE", 1)
+        assert idle_by_cause(table).equals(whole) and idle_gaps(table, top=5).equals(gaps)
+
+
+def test_an_empty_window_has_no_gap():
+    table = table_of([work("k", 0, 100, 1), work("k", 200, 100, 2)])
+    assert idle_by_cause(table, window=(50, 50)).is_empty() and idle_gaps(table, window=(50, 50)).is_empty()

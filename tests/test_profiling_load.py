@@ -30,6 +30,9 @@ DECIMALS = st.one_of(
     st.builds(lambda whole, part: f"{whole}.{part}", st.integers(0, 2**51), st.integers(0, 10**6).map(str)),
     st.builds(lambda whole, part: f"{whole}.{part:03d}", st.integers(0, 9 * 10**15), st.integers(0, 999)),
     st.floats(0, 1e15, allow_nan=False).map(repr),
+    st.builds(
+        lambda whole, part: f"{whole}.{part}", st.integers(0, 9 * 10**15), st.text("0123456789", min_size=1, max_size=4)
+    ),
     st.builds(lambda n: f"-{n}.5", st.integers(0, 1000)),
 )
 
@@ -344,3 +347,34 @@ def test_rows_of_other_accelerators_are_kept_and_said() -> None:
     assert table.meta.repairs == ("1 device events of a kind we do not know are kept as such",)
     mtia = table_of([event("fc", "mtia_ccp_events", 0, 1), event("x", "mtia_insight", 0, 9)])
     assert mtia.kind.tolist() == [Kind.KERNEL, Kind.DEVICE_OTHER]
+
+
+@pytest.mark.parametrize("others", [[3], [3, "4"], [3, 7.5], [3, None], [3, 2**70]], ids=repr)
+def test_ids_mean_the_same_whatever_stands_beside_them(others: list[object]) -> None:
+    """Non-negative integers and digits in quotes are ids, all else is none; odd ids are decoded another way."""
+    ids = [0, 5, -3, *others]
+    made = [{"ph": "X", "cat": "cuda_runtime", "name": "l", "pid": 1, "tid": 1, "ts": at, "dur": 1} for at in range(9)]
+    events = [{**one, "args": {"correlation": value}} for one, value in zip(made, ids, strict=False)]
+    table = parse_table(json.dumps({"traceEvents": [*events, made[8]]}).encode(), "a.json")
+    meant = [int(one) if isinstance(one, (int, str)) and 0 <= int(one) < 2**63 else -1 for one in ids]
+    assert table.correlation.tolist() == [*meant, -1]
+
+
+def test_marks_are_made_when_somebody_looks() -> None:
+    """In time order, from a list in any order; one without a readable time is left out and counted."""
+    made = [("i", 5, "b"), ("C", 3, "counter"), ("I", 5, "a"), ("i", "soon", "lost")]
+    events = [
+        {"ph": phase, "cat": "x", "name": name, "pid": 1, "tid": "t", "ts": ts, "args": {"at": at}}
+        for at, (phase, ts, name) in enumerate(made)
+    ]
+    op = {"ph": "X", "cat": "cpu_op", "name": "mm", "pid": 1, "tid": 1, "ts": 1, "dur": 1}
+    table = parse_table(json.dumps({"baseTimeNanoseconds": 7, "traceEvents": [*events, op]}).encode(), "a.json")
+    assert len(table.marks) == 3 and table.meta.repairs == ("1 events without a readable time left out",)
+    seen = [(one.phase, one.name, one.thread, one.time_ns, json.loads(one.args)) for one in table.marks]
+    where = ("1", "t")
+    assert seen == [
+        ("C", "counter", where, 3007, {"at": 1}),
+        ("i", "a", where, 5007, {"at": 2}),
+        ("i", "b", where, 5007, {"at": 0}),
+    ]
+    assert table.marks[0].name == "counter" and table.marks == tuple(table.marks)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ridgeline.profiling import nesting
 from ridgeline.profiling.classify import launches
 from ridgeline.profiling.load import parse_table
 from ridgeline.profiling.nesting import launching_operator, nest, operators
@@ -48,6 +50,18 @@ def test_parents_are_those_of_a_stack_machine(spans):
         stack.append(row)
     roots = found.outermost()
     assert all(found.depth[root] == 0 for root in roots.tolist())
+    with pytest.MonkeyPatch.context() as patch:  # by pieces of a tree or two
+        patch.setattr(nesting, "_TREES", 2)
+        pieces = nest(table, np.ones(len(table), np.bool_))
+    assert pieces.parent.tolist() == found.parent.tolist() and pieces.depth.tolist() == found.depth.tolist()
+
+
+def test_deep_calls_keep_their_depth():
+    """Deeper than a byte counts, with an event without length at the bottom."""
+    deep = 300
+    table = table_of([event(f"f{at:03}", at, 2 * (deep - at)) for at in range(deep)] + [event("empty", deep, 0)])
+    found = nest(table, np.ones(deep + 1, np.bool_))
+    assert found.depth.tolist() == list(range(deep + 1)) and found.parent.tolist() == list(range(-1, deep))
 
 
 @given(calls(), st.lists(st.integers(0, 61), max_size=8))

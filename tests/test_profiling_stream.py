@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ridgeline.profiling.chunks as chunks
+import ridgeline.profiling.intervals as intervals
 import ridgeline.profiling.load as load
+import ridgeline.profiling.nesting as nesting
+import ridgeline.profiling.table as tables
+from ridgeline.profiling.analyses import calltree, collectives, counters, idle, kernels, temporal
+from ridgeline.profiling.analyses.launches import launch_calls
 from ridgeline.profiling.breakdown import break_down
 from ridgeline.profiling.classify import launches
 from ridgeline.profiling.load import load_table, load_tables, parse_table
@@ -128,3 +135,44 @@ def test_memory_is_bounded_by_rows_and_not_by_text(monkeypatch: pytest.MonkeyPat
     table = parse_table(text(made), "a.json")
     assert table.meta.streamed and not any(table.args[row] for row in range(len(table)))
     assert sum(getattr(table, column).nbytes for column in COLUMNS) == 37 * len(table)
+
+
+@needs_traces
+def test_analyses_take_few_bytes_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six copies of the densest trace, streamed, with pieces small enough for their number not to matter: what each
+    analysis takes at most beside the table, and what all of them leave behind. A trace of 5 GB has 14 million such
+    events, for which 1.5 GB must do: 56 bytes each are the table and its arguments."""
+    raw = b"".join(tiles(read(NCCL), 6))
+    monkeypatch.setattr(load, "STREAM_BYTES", len(raw) // 2)
+    for module, name in ((intervals, "_BLOCK"), (tables, "_BLOCK"), (nesting, "_TREES"), (calltree, "_AT_ONCE")):
+        monkeypatch.setattr(module, name, 1 << 12)
+    monkeypatch.setattr(idle, "_AT_ONCE", 1 << 10)
+    table = parse_table(raw, "rank0.json")
+    tracemalloc.start()
+    try:
+        peaks = {
+            analysis.__name__: _peak(analysis, table) / len(table)
+            for analysis in (
+                temporal.temporal_breakdown,
+                kernels.kernel_breakdown,
+                launch_calls,
+                idle.idle_by_cause,
+                collectives.collectives,
+                counters.queue_summary,
+                calltree.call_tree,
+                break_down,
+            )
+        }
+        kept = tracemalloc.get_traced_memory()[0] / len(table)
+    finally:
+        tracemalloc.stop()
+    assert max(peaks.values()) < 34, peaks
+    assert kept < 25
+
+
+def _peak(analysis: Callable[[TraceTable], object], table: TraceTable) -> int:
+    """Bytes that it took at most beyond what was there."""
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    analysis(table)
+    return tracemalloc.get_traced_memory()[1] - before

@@ -76,12 +76,12 @@ def nest(table: TraceTable, chosen: Mask) -> Nesting:
     The depth of a row is the number of earlier rows of its thread still open; its parent is the latest earlier row one
     level up. An event without length has no children, and its parent is what is open at its moment.
     """
-    parent, depth = np.full(len(table), -1, row_type(len(table))), np.full(len(table), -1, np.int16)
+    parent, depth = np.full(len(table), -1, row_type(len(table))), np.full(len(table), -1, np.int8)
     timed = chosen & (table.end > table.start)
     for one in distinct(table.thread):
         for rows, level in trees(table.start, table.end, row_numbers(timed & (table.thread == one))):
             deepest = int(level.max())
-            depth = depth.astype(np.promote_types(depth.dtype, np.min_scalar_type(-deepest)), copy=False)
+            depth = _holding(depth, deepest)
             depth[rows] = level
             for deep in range(1, deepest + 1):
                 children, above = rows[level == deep], rows[level == deep - 1]
@@ -90,8 +90,15 @@ def nest(table: TraceTable, chosen: Mask) -> Nesting:
     empty = np.flatnonzero(chosen & ~timed)
     if empty.size:
         parent[empty] = made.innermost(table.thread[empty], table.start[empty])
-        depth[empty] = np.where(parent[empty] >= 0, depth[parent[empty]] + 1, 0)
+        below = np.where(parent[empty] >= 0, depth[parent[empty]].astype(np.int64) + 1, 0)
+        depth = _holding(depth, int(below.max()))
+        depth[empty] = below
     return Nesting(table, chosen, parent, depth)
+
+
+def _holding(depth: NDArray[Any], deepest: int) -> NDArray[Any]:
+    """``depth`` in a type that holds ``deepest``."""
+    return depth.astype(np.promote_types(depth.dtype, np.min_scalar_type(-1 - deepest)), copy=False)
 
 
 def trees(start: Times, end: Times, rows: NDArray[Any]) -> Iterator[tuple[NDArray[Any], NDArray[np.intp]]]:
