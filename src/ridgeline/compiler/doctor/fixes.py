@@ -56,6 +56,7 @@ def try_fixes(
     most: int = MOST_CANDIDATES,
     timeout: float = 1800.0,
     backend: str = "inductor",
+    preload: Sequence[str] = (),
 ) -> Trials:
     """Try the candidates of every finding and prove them.
 
@@ -68,6 +69,7 @@ def try_fixes(
         most: candidates tried, those first whose findings lose most.
         timeout: seconds that one run may take.
         backend: of what ``--compile`` names.
+        preload: installed modules that take long to import, loaded once for all trials.
 
     Raises:
         JobError: the unchanged program fails when it is run again.
@@ -79,10 +81,11 @@ def try_fixes(
     tries = [Try(one) for one in candidates]
     for late in tries[most:]:
         late.why = f"not tried: {most} other fixes may win more"
-    uses_inductor = any(frame.phases.get("inductor") for frame in observation.frames) or bool(target.compile_paths)
+    if any(frame.phases.get("inductor") for frame in observation.frames):
+        preload = (*preload, "torch._inductor.compile_fx")
     with (
         _folder(folder) as place,
-        Workers(target, place, timeout=timeout, inductor=uses_inductor, backend=backend) as workers,
+        Workers(target, place, timeout=timeout, preload=preload, backend=backend) as workers,
     ):
         search = Search(workers, tries[:most], progress, rounds)
         search.run()

@@ -122,7 +122,7 @@ class Snapshot:
 
 def inner_function(function: Callable[..., Any]) -> Callable[..., Any]:
     """The plain function of a method or of a wrapper that torch put around it."""
-    return getattr(function, "__func__", function)  # type: ignore[no-any-return]
+    return getattr(function, "__func__", function)
 
 
 def _line(error: BaseException) -> str:
@@ -240,7 +240,7 @@ def _rebuilt(
 def with_globals(function: types.FunctionType, scope: dict[str, Any], closure: Any) -> types.FunctionType:
     """The same function over other globals."""
     made = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
-    made.__kwdefaults__ = function.__kwdefaults__  # type: ignore[assignment]
+    made.__kwdefaults__ = function.__kwdefaults__
     made.__dict__.update({key: value for key, value in vars(function).items() if not key.startswith("_torch")})
     return made
 

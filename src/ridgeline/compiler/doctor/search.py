@@ -28,6 +28,7 @@ from ridgeline.errors import JobError
 from ridgeline.profiling.improve.proof import Gain, judge
 
 BEFORE, ALL = "before", "all"
+FAILED = "failed when it was timed"
 COUNTED = ("breaks", "recompiles", "silent events")
 
 
@@ -75,18 +76,18 @@ class Search:
             self.progress(f"fix {at} of {len(self.tries)}: {one.candidate.fix}")
             one.outcome = self.workers.run(one.candidate.setting, one.candidate.sources, prove=True)
             one.why = refusal(self.before, one.outcome)
-        passed = [one for one in self.tries if not one.why]
-        if passed:
-            self._alone(passed)
-            self._together(_one_each(passed))
+        chosen = _one_each([one for one in self.tries if not one.why])
+        if chosen:
+            self._alone(chosen)
+            self._together([one for one in chosen if not one.why.startswith(FAILED)])
 
-    def _alone(self, passed: Sequence[Try]) -> None:
+    def _alone(self, chosen: Sequence[Try]) -> None:
         """Each fix by itself, against the unchanged program."""
-        programs = {str(at): (one.candidate.setting, one.candidate.sources) for at, one in enumerate(passed)}
+        programs = {str(at): (one.candidate.setting, one.candidate.sources) for at, one in enumerate(chosen)}
         session = self._time(programs)
-        for at, one in enumerate(passed):
+        for at, one in enumerate(chosen):
             if str(at) in session.failures:
-                one.why = f"failed when it was timed: {session.failures[str(at)]}"
+                one.why = f"{FAILED}: {session.failures[str(at)]}"
                 continue
             one.gain = gain = _gain(session, BEFORE, str(at))
             one.kept = gain.proven
@@ -95,9 +96,6 @@ class Search:
 
     def _together(self, chosen: list[Try]) -> None:
         """The chosen ones as one program, and each that gained nothing alone in their company."""
-        for one in self.tries:
-            if one.kept and one not in chosen:
-                one.kept, one.why = False, "works too; another fix of the same finding is kept"
         if len(chosen) > 1 and (program := self._prove(chosen)) is not None:
             self._in_company(chosen, program)
             return
@@ -213,12 +211,20 @@ def counts(observation: Observation) -> tuple[int, int, int]:
 
 
 def _one_each(passed: Sequence[Try]) -> list[Try]:
-    """One fix per finding: a setting before a source change, since it edits nothing; then the one that may win most."""
+    """One fix per finding: the one that leaves least; of equal ones a setting, since it edits nothing. The others are
+    told so."""
     chosen: list[Try] = []
     cured: set[tuple[Any, ...]] = set()
-    for one in sorted(passed, key=lambda one: (one.candidate.kind == "source", not one.kept)):
+    for one in sorted(passed, key=_left):
         keys = {finding.key for finding in one.candidate.findings}
-        if not keys <= cured and not one.why.startswith("failed"):
+        if keys <= cured:
+            one.why = "works too, and was not timed: another fix of the same finding leaves as little or less"
+        else:
             chosen.append(one)
             cured |= keys
     return chosen
+
+
+def _left(one: Try) -> tuple[int, bool]:
+    assert one.outcome is not None
+    return sum(counts(one.outcome.observation)), one.candidate.kind == "source"

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ridgeline.compiler.doctor.breaks import code_line
 from ridgeline.compiler.doctor.model import Finding
 from ridgeline.errors import UserError
 
@@ -61,7 +62,6 @@ REGIONS = Knob({REGIONAL: True}, "what lies between the blocks runs in eager; no
 RNN = Knob({"dynamo.allow_rnn": True}, "RNN, GRU and LSTM under torch.compile are experimental")
 AUTOGRAD = Knob({"dynamo.trace_autograd_ops": True}, "experimental")
 LATER = "text appears after the graph has run"
-PRINTS = {"print(": "builtins.print", "warnings.warn(": "warnings.warn"}
 BY_CODE = {"GB0124": [SCALARS], "GB0036": [SHAPES], "GB0014": [RNN], "GB9186": [AUTOGRAD]}
 _ROOT = re.compile(r"^([LG]\['\w+'\]|\w+)")
 
@@ -81,11 +81,8 @@ def knobs_for(finding: Finding) -> list[Knob]:
 
 def _for_break(finding: Finding) -> list[Knob]:
     found = list(BY_CODE.get(str(finding.detail.get("gb", "")), ()))
-    for start, name in PRINTS.items():
-        if finding.code.startswith(start):
-            found.append(Knob({"dynamo.reorderable_logging_functions": [name]}, LATER))
-    if re.match(r"logging\.(debug|info|warning|error|critical)\(", finding.code):
-        name = finding.code.partition("(")[0]
+    lines = [finding.code, *(_code(one) for one in _frames_inside(finding))]
+    for name in dict.fromkeys(name for line in lines for name in [_printer(line)] if name):
         found.append(Knob({"dynamo.reorderable_logging_functions": [name]}, LATER))
     if "backward()" in finding.reason:
         found.append(AUTOGRAD)
@@ -99,6 +96,18 @@ def _frames_inside(finding: Finding) -> list[str]:
     stack = [str(one) for one in finding.detail.get("stack", ())]
     entered = max((at + 1 for at, one in enumerate(stack) if "/compiler/doctor/clock.py:" in one), default=0)
     return [one for one in stack[entered:] if "/site-packages/" not in one]
+
+
+def _printer(line: str) -> str:
+    """The function that a line prints or logs with, "" if it does neither."""
+    match = re.match(r"(print|warnings\.warn|logging\.(?:debug|info|warning|error|critical))\(", line.strip())
+    return "" if match is None else "builtins.print" if match[1] == "print" else match[1]
+
+
+def _code(frame: str) -> str:
+    """The line of a stack entry ``file:line in f``."""
+    file, _, line = frame.rpartition(" in ")[0].rpartition(":")
+    return code_line(file, int(line)) if line.isdigit() else ""
 
 
 def _for_recompile(finding: Finding) -> list[Knob]:
@@ -228,7 +237,8 @@ def repeated_blocks(model: Any) -> list[Any]:
     for container in model.modules():
         if not isinstance(container, (torch.nn.ModuleList, torch.nn.Sequential)):
             continue
-        kind, count = (Counter(type(child) for child in container.children()).most_common(1) or [(None, 0)])[0]
+        kinds = Counter(type(child) for child in container.children()).most_common(1)
+        kind, count = kinds[0] if kinds else (None, 0)
         blocks = [child for child in container.children() if type(child) is kind]
         size = sum(parameter.numel() for block in blocks for parameter in block.parameters())
         if count >= LEAST_BLOCKS and size > most:

@@ -37,14 +37,15 @@ class Workers:
         target: a script or ``module:function``.
         folder: for specifications, logs and results.
         timeout: seconds that one trial may take.
-        inductor: load Inductor before forking: seconds saved in every trial of a program that uses it.
+        preload: modules to load before forking, such as Inductor's: seconds saved in every trial that uses them.
+        backend: of what ``--compile`` names.
     """
 
     def __init__(
-        self, target: Target, folder: Path, *, timeout: float, inductor: bool = False, backend: str = "inductor"
-    ):
+        self, target: Target, folder: Path, *, timeout: float, preload: Sequence[str] = (), backend: str = "inductor"
+    ) -> None:
         self.target, self.folder, self.timeout, self.backend = target, folder, timeout, backend
-        self._preload = "torch._inductor.compile_fx" if inductor else ""
+        self._preload = ",".join(preload)
         self._count = 0
         self._server: subprocess.Popen[str] | None = None
 

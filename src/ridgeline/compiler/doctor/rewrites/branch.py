@@ -174,7 +174,8 @@ def _choice(source: Source, facts: Facts, node: ast.If) -> Choice:
     if any(set(names) & set(one.names) for one in declared):
         raise Refused("a name of the branch is global or nonlocal")
     keep = {name: ast.copy_location(ast.Name(name, ast.Load()), node) for name in names}
-    return Choice(names, *(tuple(side.get(name, keep[name]) for name in names) for side in (yes, no)), node)
+    values = [tuple(side.get(name, keep[name]) for name in names) for side in (yes, no)]
+    return Choice(names, values[0], values[1], node)
 
 
 def _returned(source: Source, node: ast.If) -> Choice:

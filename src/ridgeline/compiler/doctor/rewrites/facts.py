@@ -245,7 +245,7 @@ def _evidence(function: Function) -> set[str]:
     """Names that are tensors wherever the function runs without an error."""
     given = function.args
     annotated = [one for one in [*given.posonlyargs, *given.args, *given.kwonlyargs] if one.annotation is not None]
-    found = {one.arg for one in annotated if ast.unparse(one.annotation).split(".")[-1] == "Tensor"}
+    found = {one.arg for one in annotated if one.annotation and ast.unparse(one.annotation).split(".")[-1] == "Tensor"}
     for node in ast.walk(function):
         about = subject(node) if isinstance(node, ast.Call) else None
         if isinstance(about, ast.Name) and about.id not in TORCH_ROOTS:

@@ -123,8 +123,9 @@ def _started(node: ast.stmt | None, name: str) -> int | None:
 
 def _counts(node: ast.stmt, name: str) -> bool:
     """``name += 1``."""
-    plain = isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) and isinstance(node.target, ast.Name)
-    return plain and isinstance(node.value, ast.Constant) and node.value.value == 1  # type: ignore[union-attr]
+    if not isinstance(node, ast.AugAssign) or not isinstance(node.target, ast.Name) or not isinstance(node.op, ast.Add):
+        return False
+    return isinstance(node.value, ast.Constant) and node.value.value == 1
 
 
 def _for(source: Source, node: ast.For) -> Bounded:
