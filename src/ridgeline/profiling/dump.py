@@ -37,9 +37,10 @@ def report_sections(trace: Trace, ceilings: Mapping[str, Any] | None = None) -> 
         "findings": [one.to_dict() for one in explain(trace, lacking)],
         "summary": rank_rows(trace),
         "idle": trace.idle_by_cause().filter(pl.col("idle_ns") > 0).to_dicts(),
-        "kernels": trace.kernel_breakdown().head(MOST_KERNELS).to_dicts(),
+        "kernels": trace.kernel_breakdown().sort("sum_ns", descending=True).head(MOST_KERNELS).to_dicts(),
         "critical_path": _path(trace),
         "communication": trace.wait_matrix().to_dicts(),
+        "collectives": _collectives(trace),
         "calltree": _tree(trace),
         "roofline": _roofline(trace, ceilings),
         "memory": _memory(trace),
@@ -122,6 +123,11 @@ def _path(trace: Trace) -> Rows:
     """The path of one rank, or the one through all ranks; its longest segments, in time order."""
     found = trace.critical_path_across() if len(trace.tables) > 1 else trace.critical_path()
     return found.sort("duration_ns", descending=True).head(MOST_SEGMENTS).sort("start_ns").to_dicts()
+
+
+def _collectives(trace: Trace) -> Rows:
+    """Matched collectives, for the page's arrows from the rank that came last."""
+    return trace.match_collectives().head(MOST_SEGMENTS).to_dicts()
 
 
 def _tree(trace: Trace) -> Rows:

@@ -157,17 +157,21 @@ def lanes(start: list[int], end: list[int]) -> list[int]:
 
 
 class _Tracks:
-    """Process and thread numbers for the file: the trace's own where they are numbers, new ones elsewhere."""
+    """Process and thread numbers for the file: the trace's own where viewers can tell them apart, new ones elsewhere.
+
+    To Perfetto a number that is no unsigned one of 32 bits is 0, and thread 0 is the thread with its process's number:
+    Kineto's negative threads and stream 0 of device 2 would be drawn over others.
+    """
 
     def __init__(self, table: TraceTable) -> None:
         pids = list(dict.fromkeys(pid for pid, _ in table.threads))
-        self._taken = {int(one) for pair in table.threads for one in pair if _is_number(one)}
+        self._taken = {int(one) for pair in table.threads for one in pair if _fits(one, 0)}
         self.names: list[Event] = []
-        self.pids = {pid: int(pid) if _is_number(pid) else self._new() for pid in pids}
+        self.pids = {pid: int(pid) if _fits(pid, 0) else self._new() for pid in pids}
         for text, number in self.pids.items():
             self._name("process_name", number, 0, text)
         self.ours = self.process("Ridgeline")
-        self.place = [(self.pids[pid], int(tid) if _is_number(tid) else self._new()) for pid, tid in table.threads]
+        self.place = [(self.pids[pid], int(tid) if _fits(tid, 1) else self._new()) for pid, tid in table.threads]
         for (pid, tid), (_, text) in zip(self.place, table.threads, strict=True):
             self._name("thread_name", pid, tid, text)
 
@@ -190,11 +194,14 @@ class _Tracks:
         return number
 
     def _name(self, what: str, pid: int, tid: int, name: str) -> None:
-        self.names.append({"ph": "M", "name": what, "pid": pid, "tid": tid, "ts": 0, "args": {"name": name}})
+        self.names.append(
+            {"ph": "M", "name": what, "pid": pid, "tid": tid, "ts": 0, "args": {"name": name or "unnamed"}}
+        )
 
 
-def _is_number(text: str) -> bool:
-    return text.removeprefix("-").isdecimal() and text.isascii() and abs(int(text)) < 2**31
+def _fits(text: str, least: int) -> bool:
+    """Whether a viewer reads this number as it is."""
+    return text.isdecimal() and text.isascii() and least <= int(text) < 2**31
 
 
 def _text(table: TraceTable, spans: Mapping[str, pl.DataFrame], path: pl.DataFrame) -> Iterator[bytes]:
@@ -209,7 +216,7 @@ def _text(table: TraceTable, spans: Mapping[str, pl.DataFrame], path: pl.DataFra
     parts: list[Iterable[bytes]] = [_slices(table, place, base)]
     for name, frame in spans.items():
         parts.append(_annotations(tracks, name, frame, base))
-    parts += [_arrows(table, place, path, base), _links(table, tracks, base), _marks(table, tracks, base)]
+    parts += [_arrows(table, place, path, base), _links(table, tracks, place, base), _marks(table, tracks, base)]
     first = True
     for part in parts:
         for line in part:
@@ -289,20 +296,32 @@ def _arrows(table: TraceTable, place: list[tuple[int, int]], path: pl.DataFrame,
     for one, other, moment in _crossings(table, path):
         number += 1
         left = max(int(table.start[one]), min(moment, int(table.end[one]) - 1))
-        yield from _arrow("critical path", number, (place[one], left - base), (place[other], moment - base))
+        ends = (one, left), (other, max(moment, left))
+        for row, time in ends:
+            if time > table.start[row]:  # an arrow ends at the slice that began last: inside of one that is this mark
+                yield _instant(CRITICAL_PATH, place[row], time - base)
+        yield from _arrow(CRITICAL_PATH, number, *[(place[row], time - base) for row, time in ends])
     launched = launches(table)
     for row in np.flatnonzero(launched >= 0).tolist():
-        number, call = number + 1, int(launched[row])
-        ends = (place[call], int(table.start[call]) - base), (place[row], int(table.start[row]) - base)
-        yield from _arrow("ac2g", number, *ends)
+        call = int(launched[row])
+        if table.start[call] > table.start[row]:  # the clocks of host and device disagree: nothing to draw
+            continue
+        number += 1
+        sent, begun = int(table.start[call]) - base, int(table.start[row]) - base
+        yield from _arrow("ac2g", number, (place[call], sent), (place[row], begun))
 
 
-def _links(table: TraceTable, tracks: _Tracks, base: int) -> Iterator[bytes]:
-    """Flow arrows from forward to backward operators."""
-    links = table.links
-    ends = zip(*(column.tolist() for column in links.__dict__.values()), strict=True)
+def _links(table: TraceTable, tracks: _Tracks, place: list[tuple[int, int]], base: int) -> Iterator[bytes]:
+    """Flow arrows from forward to backward operators, those in lanes of their own (see ``_places``) too."""
+    codes, starts = table.thread.tolist(), table.start.tolist()
+    moved = {(codes[row], starts[row]): at for row, at in enumerate(place) if at != tracks.place[codes[row]]}
+    ends = zip(*(column.tolist() for column in table.links.__dict__.values()), strict=True)
     for number, (left, begun, entered, arrived) in enumerate(ends):
-        yield from _arrow("fwdbwd", number, (tracks.place[left], begun - base), (tracks.place[entered], arrived - base))
+        places = (
+            (moved.get((left, begun), tracks.place[left]), begun - base),
+            (moved.get((entered, arrived), tracks.place[entered]), arrived - base),
+        )
+        yield from _arrow("fwdbwd", number, *places)
 
 
 def _marks(table: TraceTable, tracks: _Tracks, base: int) -> Iterator[bytes]:
@@ -343,6 +362,12 @@ def _arrow(
             f'{{"ph":"{phase}","cat":"{name}","name":"{name}","id":{number},"pid":{pid},"tid":{tid},'
             f'"ts":{_micro(moment)}{tail}}}'
         ).encode()
+
+
+def _instant(name: str, place: tuple[int, int], moment: int) -> bytes:
+    pid, tid = place
+    head = f'{{"ph":"i","s":"t","cat":"{name}","name":"{name}","pid":{pid},"tid":{tid}'
+    return f'{head},"ts":{_micro(moment)}}}'.encode()
 
 
 class _replacing:
