@@ -67,8 +67,9 @@ def _loader(base: Baseline) -> Iterator[Finding]:
         how = f"{count} workers prepare a batch in {wait / count:.4f} s under the other {rest:.4f} s of the step"
     knob = None if loader["iterable"] else knobs.workers(count, base.facts["cuda"], loader["where"])
     advice = knob.permanent if knob else _iterable_advice(loader, count)
-    # Workers that compute share the cores with the step itself, so that a machine may allow little of it.
-    low = (0.2 if busy else 0.5) * high
+    # Workers that compute share the cores with the step and with whatever else runs: a machine may allow little or none.
+    full = base.facts["load_average"] > base.facts["cores"] - 0.5
+    low = (0.5 if not busy else 0.0 if full else 0.2) * high
     yield make(base, "loader", text, wait, (low, high), how, knob, advice, where)
 
 

@@ -161,6 +161,7 @@ class Recorder:
             "threads": torch.get_num_threads(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "local_world": int(os.environ.get("LOCAL_WORLD_SIZE", world())),
+            "load_average": os.getloadavg()[0],
             "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
             "cuda": torch.cuda.is_available(),
             "cudnn_benchmark": torch.backends.cudnn.benchmark,

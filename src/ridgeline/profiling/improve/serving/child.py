@@ -56,7 +56,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     answers = one_pass(engine, asked, load["new_tokens"], BEST)[1]
     counts = ("prefill_seconds", "decode_seconds", "decode_steps", "decode_tokens", "prompt_tokens")
     facts = {name: (after[name] - before[name]) / len(passes) for name in counts}
-    facts |= {"threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0)), "context": after["context"]}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts |= {"threads": torch.get_num_threads(), "cores": cores, "context": after["context"]}
     facts |= {"cuda": torch.cuda.is_available(), "compiled": after["compiled"], "linears": after["linears"]["reason"]}
     if spec["profile"]:
         facts |= trace_decode(engine, asked, load["new_tokens"], Path(spec["folder"]) / "traces" / "rank0.json.gz")
