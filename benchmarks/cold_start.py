@@ -32,7 +32,6 @@ MODEL = """
 import json, sys, time
 import torch
 from ridgeline.compiler.target import resolve
-torch.set_num_threads(2)
 target = resolve("demo", batch={batch}, seq_len={seq_len})
 call = target.module
 """
@@ -42,7 +41,6 @@ PACKAGED = """
 import json, sys, time
 import torch
 from ridgeline.compiler.package.load import load
-torch.set_num_threads(2)
 class target:
     torch.manual_seed(0)
     args = (torch.randint(0, 8192, ({batch}, {seq_len})),)

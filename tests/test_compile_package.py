@@ -130,13 +130,15 @@ def test_a_machine_or_torch_it_was_not_made_for_is_refused_by_name(package, fiel
             use(package)
 
 
-def test_another_python_or_device_matters_where_it_matters(package):
+def test_another_python_number_of_threads_or_device_matters_where_it_matters(package):
     document = json.loads((package / "manifest.json").read_text())
-    document["made_for"]["python"] = "3.99"
-    (package / "manifest.json").write_text(json.dumps(document))
-    load(package)  # machine code knows no Python
-    with pytest.raises(UserError, match=r"made for python 3\.99"):
-        restore(package)
+    original = dict(document["made_for"])
+    for field, value in (("python", "3.99"), ("threads", 99)):
+        document["made_for"] = {**original, field: value}
+        (package / "manifest.json").write_text(json.dumps(document))
+        load(package)  # machine code knows no Python, and runs with any number of threads
+        with pytest.raises(UserError, match=f"made for {field} {value}, this is"):
+            restore(package)
     if not torch.cuda.is_available():
         document["made_for"] |= {"device": "NVIDIA H200", "device_type": "cuda"}
         (package / "manifest.json").write_text(json.dumps(document))

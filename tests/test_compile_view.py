@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -319,3 +321,39 @@ def test_a_missing_compiler_and_a_cache_that_cannot_be_written_are_one_line(fold
 def ridgeline(*arguments, **options):
     command = [sys.executable, "-m", "ridgeline", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "compiler.md"
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory):
+    """The example of the document, compiled; and its blocks: (pane, phase) to lines."""
+    text = DOCUMENT.read_text()
+    file = tmp_path_factory.mktemp("document") / "norm.py"
+    file.write_text(re.search(r"```python\n(import torch\n.*?)```", text, re.DOTALL)[1])
+    target = f"{file}:norm_gelu_sum"
+    views = {"": collect(resolve(target), H100), "backward": collect(resolve(target), H100, backward=True)}
+    blocks = re.findall(r"```text (\w+) ?(\w*)\n(.*?)```", text, re.DOTALL)
+    return views, {(name, phase): block.splitlines() for name, phase, block in blocks}
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="the document shows what torch 2.13 makes")
+def test_the_document_shows_what_the_tool_prints(document):
+    views, blocks = document
+    assert set(blocks) == {(name, "") for name in ("torch", "aten", "loops", "fused", "code")} | {("aten", "backward")}
+    for (name, phase), lines in blocks.items():
+        shown = pane(views[phase], name)
+        rest = iter(shown.lines[next((one["first"] for one in shown.sections if one["phase"] == phase), 0) :])
+        for line in lines:
+            assert line == "..." or any(line == one for one in rest), (
+                f"{name} {phase}: {line!r} is not there, in this order"
+            )
+
+
+def test_the_documents_figures_are_the_tools(document):
+    (kernel,) = document[0][""].kernels
+    text = DOCUMENT.read_text()
+    assert f"{kernel.bytes_moved:,} bytes" in text and f"would move {kernel.bytes_unfused:,}" in text
+    assert f"{kernel.flops // 1024} operations for each of 1,024 elements" in text
+    assert "twelve operators here" in text and kernel.operators == 12

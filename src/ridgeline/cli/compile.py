@@ -199,6 +199,38 @@ def restore(
         console().print(f"{written} files written to {target}", soft_wrap=True, markup=False)
 
 
+@app.command()
+@verb
+def partition(
+    target: str = TARGET,
+    dry_run: bool = typer.Option(False, "--dry-run", help="Say what would run where; compile nothing."),
+    engine: str = typer.Option("openvino", "--engine", help="The engine that takes what it supports."),
+    training: bool = typer.Option(False, "--training", help="With gradients: the graphs of a training step."),
+    batch: int = BATCH,
+    seq_len: int = SEQ_LEN,
+    seed: int = SEED,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Which parts of a model an external engine would take: operators, bytes across each border, refusals with reasons."""
+    from ridgeline.compiler.backend.partition import dry_run as partition_dry_run
+    from ridgeline.compiler.failures import compiling
+    from ridgeline.compiler.target import resolve
+
+    if not dry_run:
+        raise UserError(
+            "partition: only --dry-run is a verb; to run it, torch.compile with the backend's engine option"
+        )
+    found = resolve(target, seed, batch, seq_len)
+    with compiling(found.name):
+        report = partition_dry_run(
+            lambda *values: found.call(*values, **found.kwargs), *found.args, engine=engine, training=training
+        )
+    if as_json:
+        emit({"target": found.name, **report.to_dict()})
+    else:
+        console().print(str(report), soft_wrap=True, markup=False)
+
+
 def check_out(file: Path, option: str) -> None:
     """Refuse a file in a folder that is not there, before any work.
 

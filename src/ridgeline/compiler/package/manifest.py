@@ -15,6 +15,7 @@ FORMAT = 1
 NAME = "manifest.json"
 PROGRAM = "model.pt2"
 CACHE = "cache.zip"
+CACHE_FIELDS = ("python", "threads")  # the compiler writes the number of threads into its loops, and looks it up by it
 # Compiler flags to the names of /proc/cpuinfo, where they differ.
 CPUINFO = {"avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16", "avx512fp16": "avx512_fp16"}
 
@@ -30,6 +31,7 @@ def here(device: str) -> dict[str, Any]:
         "architecture": platform.machine(),
         "libc": " ".join(platform.libc_ver()).strip(),
         "device": _device_name(device),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -88,7 +90,7 @@ def check(folder: Path, part: str) -> dict[str, Any]:
     if part not in document["files"]:
         raise UserError(f"{folder}: made without {part}")
     found = here(document["made_for"]["device_type"])
-    for name in ("torch", "system", "architecture", "device", *(("python",) if part == CACHE else ())):
+    for name in ("torch", "system", "architecture", "device", *(CACHE_FIELDS if part == CACHE else ())):
         if document["made_for"][name] != found[name]:
             raise UserError(
                 f"{folder}: made for {name} {document['made_for'][name]}, this is {found[name]}; make it anew"
