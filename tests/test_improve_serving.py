@@ -170,9 +170,9 @@ def test_findings_of_a_server_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "processor_has_bf16", lambda: True)
     plain, ten = Served("m", "fp32", False, 4), Load(10, 300, 10)
     found = {one.name: one for one in rules.of_served(base(plain, ten, threads=1), plain, ten)}
-    assert list(found) == ["threads", "precision", "not compiled", "slots", "prefill"]  # by what they may save
+    assert list(found) == ["threads", "slots", "precision", "not compiled", "prefill"]  # by what they may save
     assert found["not compiled"].predicted == pytest.approx((0.15, 0.57))
-    assert found["slots"].predicted == pytest.approx((0.8 * 2 / 3 / 10, 0.8 * 2 / 3))
+    assert found["slots"].predicted == pytest.approx((2 / 3 / 10, 2 / 3))
     assert found["slots"].knob is not None and found["slots"].knob.overrides == ("max_batch=10",)
     assert found["prefill"].knob is not None and found["prefill"].knob.overrides == ("prefill_chunk=300",)
     assert found["precision"].knob is not None and found["precision"].knob.overrides == ('dtype="bf16"',)

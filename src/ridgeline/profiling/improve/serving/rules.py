@@ -91,16 +91,17 @@ def _not_compiled(base: Baseline) -> Iterator[Finding]:
 
 
 def _few_slots(base: Baseline) -> Iterator[Finding]:
-    """Requests beyond the slots wait, and their tokens cost decode steps of their own."""
-    slots, streams, decode = base.served.max_batch, base.load.streams, base.facts["decode_seconds"]
+    """Requests beyond the slots wait; their tokens cost decode steps of their own, their prompts prefill steps."""
+    slots, streams = base.served.max_batch, base.load.streams
+    seconds = base.facts["decode_seconds"] + base.facts["prefill_seconds"]
     if streams <= slots:
         return
     wanted = min(streams, 8 * slots)
     rounds = -(-streams // slots), -(-streams // wanted)
-    high = decode * (1 - rounds[1] / rounds[0])
+    high = seconds * (1 - rounds[1] / rounds[0])
     text = f"{streams} requests at once and {slots} slots: {streams - slots} wait for a slot"
-    how = f"{rounds[1]} instead of {rounds[0]} rounds of {decode:.4f} s of decode; larger steps cost more each"
-    yield _finding(base, "slots", text, decode, (0.1 * high, high), how, _slots(wanted))
+    how = f"{rounds[1]} instead of {rounds[0]} rounds of {seconds:.4f} s of prefill and decode; larger steps cost more each"
+    yield _finding(base, "slots", text, seconds, (0.1 * high, high), how, _slots(wanted))
 
 
 def _small_chunks(base: Baseline) -> Iterator[Finding]:
