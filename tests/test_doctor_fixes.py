@@ -533,3 +533,37 @@ def test_candidates_that_are_equal_share_their_findings(folder: Path) -> None:
     candidates, _ = propose(target_of(folder), [first, Finding(**{**second.to_dict(), "line": 12})])
     shared = next(one for one in candidates if one.kind == "setting")
     assert isinstance(shared, Candidate) and len(shared.findings) == 2 and shared.predicted_seconds == 2.0
+
+
+FORKING = """
+import os, threading, time
+import torch
+compiled = torch.compile(lambda x: x + 1, backend="eager")
+compiled(torch.ones(2))
+threading.Thread(target=lambda: (time.sleep(0.5), print("thread"))).start()
+if os.fork():
+    print("parent", flush=True)
+"""
+ENDLESS = """
+import time
+import torch
+torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+while True:
+    time.sleep(0.1)
+"""
+
+
+def test_programs_that_fork_use_threads_hang_or_fail(tmp_path: Path) -> None:
+    for name, text in {"forking": FORKING, "endless": ENDLESS, "early": "raise SystemExit(4)"}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    target = Target((sys.executable, "forking.py"), tmp_path, "forking", tmp_path / "forking.py")
+    with Workers(target, tmp_path / "w", timeout=100) as workers:
+        forking = workers.run()
+        workers.target = Target((sys.executable, "early.py"), tmp_path, "early", tmp_path / "early.py")
+        early = workers.run(prove=True)
+        workers.target = Target((sys.executable, "endless.py"), tmp_path, "endless", tmp_path / "endless.py")
+        workers.timeout = 3
+        endless = workers.run()
+    assert forking.failure == "" and forking.observation.graphs == 1
+    assert "parent\nthread\n" in (tmp_path / "w" / "trial000" / "log.txt").read_text()
+    assert early.failure == "exit code 4" and endless.failure == "still running after 3 s"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ridgeline.compiler.doctor.model import Finding, Target
 from ridgeline.compiler.doctor.rewrites import Refused, rewrite
-from ridgeline.compiler.doctor.settings import Knob, Setting, knobs_for, merged
+from ridgeline.compiler.doctor.settings import BETWEEN, Knob, Setting, knobs_for, merged
 from ridgeline.compiler.doctor.workers import python_files
 
 REWRITABLE = ("graph_break", "skipped_frame")
@@ -100,6 +100,8 @@ def read_source(target: Target, finding: Finding) -> tuple[str, Path]:
 def _reason(finding: Finding, refusal: str) -> str:
     if finding.kind in ("recompile", "recompile_limit"):
         what = str(finding.detail.get("what", ""))
+        if BETWEEN in str(finding.detail.get("source", "")):
+            return "the value comes out of a graph break: it goes with the break"
         return NO_FIX.get(what, "no setting makes this value dynamic")
     if refusal:
         return f"no setting, and no rewrite: {refusal}"

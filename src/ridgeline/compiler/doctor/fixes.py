@@ -81,8 +81,6 @@ def try_fixes(
     tries = [Try(one) for one in candidates]
     for late in tries[most:]:
         late.why = f"not tried: {most} other fixes may win more"
-    if any(frame.phases.get("inductor") for frame in observation.frames):
-        preload = (*preload, "torch._inductor.compile_fx")
     with (
         _folder(folder) as place,
         Workers(target, place, timeout=timeout, preload=preload, backend=backend) as workers,

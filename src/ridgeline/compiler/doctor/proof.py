@@ -28,6 +28,7 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 TIMES_EAGER = 2.0
 """A fix may be this much further from float64 than eager in the program's own precision."""
 SEED = 20_000
+NUMBERS = (bool, int, float)
 MODULE_CALLS = ("__call__", "_call_impl", "_wrapped_call_impl")
 MOST_BYTES = 1 << 30
 """Snapshots of all calls together; what does not fit is not proven, and that is said."""
@@ -192,8 +193,8 @@ def _reached(function: types.FunctionType) -> tuple[dict[str, Any], tuple[Any, .
             if isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__:
                 todo.append(value)
                 names[name] = value
-            elif _holds_tensors(value):
-                names[name] = value
+            elif isinstance(value, NUMBERS) or _holds_tensors(value):
+                names[name] = value  # a counter in a global has its value of this call
     cells = tuple(_content(cell) for cell in function.__closure__ or ())
     return names, cells
 
@@ -238,20 +239,25 @@ def _rebuilt(
 
 
 def with_globals(function: types.FunctionType, scope: dict[str, Any], closure: Any) -> types.FunctionType:
-    """The same function over other globals."""
-    made = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    """The same function over other globals. Its code is a new object: what dynamo has compiled of the old one calls
+    graphs by names in the old globals."""
+    code = function.__code__.replace()
+    made = types.FunctionType(code, scope, function.__name__, function.__defaults__, closure)
     made.__kwdefaults__ = function.__kwdefaults__
     made.__dict__.update({key: value for key, value in vars(function).items() if not key.startswith("_torch")})
     return made
 
 
 def _collect(out: Any, given: list[torch.Tensor], before: list[torch.Tensor]) -> Result:
-    """The result, after a backward pass from fixed random weights on every output that has a gradient."""
+    """The result, after a backward pass from fixed random weights on every output that has a gradient.
+
+    A function that does its own backward pass has left its gradients already.
+    """
     leaves = pytree.tree_leaves(out)
     outputs = [one for one in leaves if isinstance(one, torch.Tensor)]
     others = [_short(one) for one in leaves if not isinstance(one, torch.Tensor)]
     roots = [one for one in outputs if one.requires_grad and one.is_floating_point()]
-    if roots:
+    if roots and all(one.grad is None for one in given):
         draw = torch.Generator().manual_seed(SEED)
         weights = [torch.randn(one.shape, generator=draw, dtype=torch.float32).to(one) for one in roots]
         torch.autograd.backward(roots, weights)

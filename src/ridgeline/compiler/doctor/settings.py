@@ -63,6 +63,8 @@ RNN = Knob({"dynamo.allow_rnn": True}, "RNN, GRU and LSTM under torch.compile ar
 AUTOGRAD = Knob({"dynamo.trace_autograd_ops": True}, "experimental")
 LATER = "text appears after the graph has run"
 BY_CODE = {"GB0124": [SCALARS], "GB0036": [SHAPES], "GB0014": [RNN], "GB9186": [AUTOGRAD]}
+BETWEEN = "___stack"
+"""How dynamo names what a graph break hands to the code after it."""
 _ROOT = re.compile(r"^([LG]\['\w+'\]|\w+)")
 
 
@@ -113,7 +115,11 @@ def _code(frame: str) -> str:
 def _for_recompile(finding: Finding) -> list[Knob]:
     what, source = str(finding.detail.get("what", "")), str(finding.detail.get("source", ""))
     root = _ROOT.match(source)
-    if root is None or what in ("stride", "dtype", "type", "identity", "global state", "backend", "length"):
+    if (
+        root is None
+        or BETWEEN in source
+        or what in ("stride", "dtype", "type", "identity", "global state", "backend", "length")
+    ):
         return []
     name = _named(source)
     values = {str(one) for pair in finding.detail.get("values", ()) for one in pair}

@@ -20,6 +20,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,6 +30,14 @@ from typing import Any
 
 POLL_SECONDS = 0.01
 TIMED_OUT = 124
+PRELOADED = (
+    "torch._dynamo.backends.debugging",
+    "torch._functorch._aot_autograd.autograd_cache",
+    "torch._inductor.compile_fx",
+    "torch._inductor.lowering",
+    "networkx",
+)
+"""What the first compilation of a process imports, whatever its backend: most of a second, and none of the program's."""
 
 
 class _Loader(SourceFileLoader):
@@ -71,7 +80,7 @@ def run_program(spec: dict[str, Any], substitute: Substitute) -> None:
     """The user's script as ``__main__``, or their ``module:function``; what it raises is the caller's."""
     os.chdir(spec["folder"])
     if spec["callable"]:
-        sys.path.insert(0, spec["folder"])
+        sys.path[0] = spec["folder"]
         module, _, name = spec["callable"].partition(":")
         sys.argv = [module, *spec["arguments"]]
         value: Any = importlib.import_module(module)
@@ -79,10 +88,10 @@ def run_program(spec: dict[str, Any], substitute: Substitute) -> None:
             value = getattr(value, part)
         value(*spec["arguments"])
         return
-    script = os.path.realpath(os.path.join(spec["folder"], spec["script"]))
+    script = os.path.abspath(os.path.join(spec["folder"], spec["script"]))
     sys.argv = [spec["script"], *spec["arguments"]]
-    sys.path.insert(0, os.path.dirname(script))
-    text = substitute.sources.get(script)
+    sys.path[0] = os.path.dirname(os.path.realpath(script))
+    text = substitute.sources.get(os.path.realpath(script))
     if text is None:
         runpy.run_path(script, run_name="__main__")
         return
@@ -125,9 +134,12 @@ def _compile_paths(spec: dict[str, Any]) -> Iterator[None]:
 
 
 def _ended(run: Callable[..., None], *given: Any) -> str:
-    """How the program ended: "" when well, else one line."""
+    """How the program and its threads ended: "" when well, else one line."""
     try:
         run(*given)
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
     except SystemExit as leaving:
         if leaving.code not in (None, 0):
             return f"exit code {leaving.code}"
@@ -141,8 +153,7 @@ def _ended(run: Callable[..., None], *given: Any) -> str:
 def _child(path: str) -> int:
     """A trial in this process, its output in the log beside the specification; the exit code."""
     spec = json.loads(Path(path).read_text(encoding="utf-8"))
-    folder = Path(path).parent
-    os.environ.update(spec["environment"])
+    folder, owner = Path(path).parent, os.getpid()
     with open(folder / "log.txt", "wb", buffering=0) as log, open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
         os.dup2(log.fileno(), 1)
@@ -152,6 +163,8 @@ def _child(path: str) -> int:
     except Exception as error:
         traceback.print_exc()
         result = {"failure": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}
+    if os.getpid() != owner:  # the program has forked, and this is its child
+        os._exit(0)
     temporary = folder / ".result.json"
     temporary.write_text(json.dumps(result, default=str), encoding="utf-8")
     os.replace(temporary, folder / "result.json")
@@ -160,9 +173,11 @@ def _child(path: str) -> int:
 
 def _forked(path: str, seconds: float) -> int:
     """The child's exit code; it and all it started are ended when it takes longer than ``seconds``."""
+    parent = os.getppid()
     child = os.fork()
     if child == 0:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         code = 1
         try:
             code = _child(path)
@@ -170,12 +185,18 @@ def _forked(path: str, seconds: float) -> int:
             sys.stdout.flush()
         finally:
             os._exit(code)
+
+    def leave(number: int, frame: Any) -> None:
+        _end(child)
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
     deadline = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             break
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or os.getppid() != parent:  # late, or nobody waits any more
             _end(child)
             os.waitpid(child, 0)
             return TIMED_OUT
@@ -206,10 +227,12 @@ def main() -> None:
         raise SystemExit(_child(sys.argv[1]))
     import torch
 
-    preload = [name for name in os.environ.pop("RIDGELINE_DOCTOR_PRELOAD", "").split(",") if name]
-    for name in ("ridgeline.compiler.doctor.capture", "ridgeline.compiler.doctor.settings", *preload):
-        importlib.import_module(name)
     run = _spawned if torch.version.cuda is not None else _forked
+    preload = [name for name in os.environ.pop("RIDGELINE_DOCTOR_PRELOAD", "").split(",") if name]
+    for name in ("ridgeline.compiler.doctor.capture", "ridgeline.compiler.doctor.settings", *PRELOADED, *preload):
+        with contextlib.suppress(ImportError):  # only time is lost
+            if run is _forked:
+                importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
         code = run(request["spec"], request["seconds"])

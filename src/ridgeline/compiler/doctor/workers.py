@@ -37,7 +37,7 @@ class Workers:
         target: a script or ``module:function``.
         folder: for specifications, logs and results.
         timeout: seconds that one trial may take.
-        preload: modules to load before forking, such as Inductor's: seconds saved in every trial that uses them.
+        preload: modules to load before forking, such as transformers: seconds saved in every trial that uses them.
         backend: of what ``--compile`` names.
     """
 
@@ -67,13 +67,17 @@ class Workers:
     ) -> None:
         server = self._server
         assert server is not None and server.stdin is not None
+        if kind is not None:
+            server.terminate()  # it ends the trial that runs
         with contextlib.suppress(BrokenPipeError):
             server.stdin.close()
         try:
-            server.wait(5 if kind is None else 0.1)
+            server.wait(10)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+        if server.stdout is not None:
+            server.stdout.close()
 
     def run(
         self,
@@ -108,7 +112,6 @@ class Workers:
             "capture": {} if prove else None,
             "reference": str(reference) if prove and known else None,
             "save": str(reference) if prove and not known else None,
-            "environment": {},
         }
         (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         code = self._ask(folder / "spec.json")
