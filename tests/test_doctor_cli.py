@@ -95,13 +95,42 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     """A training script with a branch on a tensor and one odd batch, diagnosed once."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "train.py").write_text(TRAINING)
-    result = call(folder, "--json", "train.py", "--lr", "1e-3")
+    result = call(folder, "--json", "--no-fix", "train.py", "--lr", "1e-3")
     assert result.returncode == 0, result.stderr
     return folder, json.loads(result.stdout)
 
 
 def found(answer: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     return [one for one in answer["findings"] if one["kind"] == kind]
+
+
+FIXABLE = """
+import torch
+
+
+@torch.compile(backend="eager")
+def step(x):
+    return x * x.sum().item()
+
+
+for _ in range(8):
+    step(torch.ones(4))
+"""
+
+
+def test_a_fix_is_tried_and_told_and_the_script_stays_as_it_is(tmp_path: Path, doctor: Doctor) -> None:
+    """``.item()`` has a setting; whether it is faster here is a matter of the machine, so only its proof is asserted."""
+    (tmp_path / "fixable.py").write_text(FIXABLE)
+    result = doctor("--json", "--no-timing", "fixable.py")
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    (one,) = found(answer, "graph_break")
+    tried = {trial["fix"]: trial for trial in one["trials"]}
+    trial = tried["capture_scalar_outputs=True"]
+    assert (trial["breaks_before"], trial["breaks_after"]) == (1, 0) and trial["error"] is not None
+    assert isinstance(one["kept"], bool) and one["fix"] in tried and one["why"]
+    assert (answer["after"] is not None) == any(two["kept"] for two in one["trials"])
+    assert (tmp_path / "fixable.py").read_text() == FIXABLE
 
 
 def test_json_has_the_fields_that_were_promised(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -207,7 +236,17 @@ def other(argument="none"):
 def test_what_a_program_does_not_compile_is_compiled_by_path(tmp_path: Path, doctor: Doctor) -> None:
     """Three blocks of one class, found when their parent is first called. By callable, not by script."""
     (tmp_path / "stack.py").write_text(REGIONAL)
-    arguments = ("--json", "--no-timing", "--compile", "model.layers.*", "--backend", "eager", "stack:other", "7")
+    arguments = (
+        "--json",
+        "--no-fix",
+        "--no-timing",
+        "--compile",
+        "model.layers.*",
+        "--backend",
+        "eager",
+        "stack:other",
+        "7",
+    )
     result = doctor(*arguments)
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
@@ -290,7 +329,7 @@ os._exit(0)
 def test_a_program_that_forks_threads_prints_megabytes_and_leaves_by_os_exit(tmp_path: Path, doctor: Doctor) -> None:
     """One call, thirty from threads; the child's call is the child's. Nothing of 6 MB reaches our own output."""
     (tmp_path / "crowded.py").write_text(CROWDED)
-    result = doctor("--json", "--no-timing", "crowded.py")
+    result = doctor("--json", "--no-fix", "--no-timing", "crowded.py")
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
     assert [(one["name"], one["calls"]) for one in answer["entries"]] == [("step", 31)]
@@ -342,7 +381,7 @@ dist.destroy_process_group()
 
 def test_the_rank_and_guard_that_others_wait_for_are_named(tmp_path: Path, doctor: Doctor) -> None:
     (tmp_path / "ranks.py").write_text(RANKS)
-    result = doctor("--json", "--no-timing", "--", "torchrun", "--nproc-per-node", "2", "ranks.py")
+    result = doctor("--json", "--no-fix", "--no-timing", "--", "torchrun", "--nproc-per-node", "2", "ranks.py")
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
     (one,) = found(answer, "rank_divergence")

@@ -28,6 +28,7 @@ from ridgeline.compiler.internals import parse_version, require_torch  # noqa: E
 from ridgeline.errors import UserError  # noqa: E402
 
 HERE = str(Path(__file__).resolve())
+pytestmark = pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +116,16 @@ def test_nothing_is_left_behind() -> None:
         raise ZeroDivisionError
     assert hooked() == before
     assert torch.equal(compiled(torch.ones(3)), outer(torch.ones(3)))
+
+
+def test_a_fault_of_ours_does_not_end_the_program(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A wording that we cannot take apart: said once, and the program gets its result."""
+    from ridgeline.compiler.doctor import observe
+
+    monkeypatch.setattr(observe, "parse_break", lambda text: 1 / 0)
+    with Observer():
+        assert torch.compile(outer, backend="eager")(torch.ones(3)).shape == (3,)
+    assert capsys.readouterr().err.count("on_trace failed: ZeroDivisionError") == 1
 
 
 class Counting(torch.nn.Module):
@@ -489,7 +500,7 @@ def test_what_is_said_follows_from_the_figures() -> None:
     seen = Observation(findings=[finding], breaks=1, wall_seconds=10.0, timing=Timing(0.4, 0.1, 0.01, 9, 30.0))
     seen.timing.break_even_step = break_even(30.0, seen.timing)  # type: ignore[union-attr, arg-type]
     assert "4.00 times as fast as an eager one; compiling pays from step 100 on" in verdict(seen)
-    assert "1 graph break lose up to 2 s of 10 s, most by a graph break at train.py:3" in verdict(seen)
+    assert "1 graph break loses up to 2 s of 10 s, most by a graph break at train.py:3" in verdict(seen)
     assert "print" in advice(finding) and "Nothing to fix" in verdict(Observation())
     kept = Trial(
         finding, "reorderable_logging_functions", "setting", error=1e-7, gain_seconds=1.5, kept=True, why="faster"

@@ -172,7 +172,8 @@ def _facts(observation: Any, name: str) -> str:
     entries = ", ".join(f"{one['name']} ({one['backend']}, {one['calls']} calls)" for one in observation.entries[:3])
     more = f" and {len(observation.entries) - 3} more" if len(observation.entries) > 3 else ""
     world = f", {observation.world} ranks" if observation.world > 1 else ""
-    return f"{name}: {observation.graphs} graphs of {entries}{more}; torch {observation.torch}, {observation.device}{world}"
+    graphs = f"{observation.graphs} graph{'s' if observation.graphs != 1 else ''}"
+    return f"{name}: {graphs} of {entries}{more}; torch {observation.torch}, {observation.device}{world}"
 
 
 def findings_table(findings: Sequence[Any], wall_seconds: float) -> Table:

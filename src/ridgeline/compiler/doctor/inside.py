@@ -112,7 +112,7 @@ def _before_exit(report: _Report) -> None:
             report.write()
         original(status)
 
-    os._exit = leave  # type: ignore[assignment]
+    os._exit = leave
 
 
 def _write(file: Path, text: str) -> None:

@@ -41,7 +41,8 @@ def _losses(observation: Observation) -> str:
     ]
     told = [one for one in counted if one] or [_plural(len(observation.findings), "finding")]
     worst = observation.findings[0]
-    text = f"{_and(told)} lose up to {_seconds(sum(one.lost_seconds for one in observation.findings))}"
+    only = len(told) == 1 and told[0].startswith("1 ")
+    text = f"{_and(told)} {'loses' if only else 'lose'} up to {_seconds(sum(one.lost_seconds for one in observation.findings))}"
     if worst.lost_seconds < LEAST_SHARE * observation.wall_seconds:
         return f"{text} of {_seconds(observation.wall_seconds)}: little."
     where = f" at {Path(worst.file).name}:{worst.line}" if worst.file else ""

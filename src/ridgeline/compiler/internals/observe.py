@@ -35,7 +35,7 @@ PLAIN_BACKENDS = frozenset(("eager", "eager_noexcept", "eager_debug", "pre_dispa
 
 
 class Listener(Protocol):
-    """Who is told. Called in the thread that compiles; must not raise."""
+    """Who is told, in the thread that compiles."""
 
     def on_trace(self, name: str, compile_id: str, attempt: int, metadata: dict[str, Any], payload: str) -> None:
         """A record of the structured trace; ``compile_id`` is ``frame/compilation``, or ""."""
@@ -69,7 +69,8 @@ class Hooks:
     """
 
     def __init__(self, listener: Listener, trace: bool = True) -> None:
-        self.listener, self.trace = listener, trace
+        self.listener: Listener = _Careful(listener)
+        self.trace = trace
         self._undo: list[Callable[[], None]] = []
         self._handling = 0
 
@@ -194,6 +195,31 @@ class Hooks:
 
     def _end(self, args: CallbackArgs) -> None:
         self.listener.on_compile(False)
+
+
+class _Careful:
+    """A listener whose reports cannot end the program that is watched: what fails is said once on stderr."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._said = False
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._listener, name)
+        if name not in ("on_trace", "on_warning", "on_recompile", "on_fallback", "on_graph_copy"):
+            return method
+
+        @functools.wraps(method)
+        def careful(*args: Any) -> Any:
+            try:
+                return method(*args)
+            except Exception as error:
+                if not self._said:
+                    print(f"ridgeline doctor: {name} failed: {_one_line(error)}", file=sys.stderr)
+                self._said = True
+                return None
+
+        return careful
 
 
 class _TraceHandler(logging.Handler):

@@ -11,7 +11,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _SPEC_VARIABLE = "RIDGELINE_DOCTOR_SPEC"
 
 
-def _run_shadowed():
+def _run_shadowed() -> None:
     """The sitecustomize that would have been imported without this one."""
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
@@ -23,7 +23,7 @@ def _run_shadowed():
         spec.loader.exec_module(module)
 
 
-def _wait_for_torch():
+def _wait_for_torch() -> None:
     """Ridgeline may not be installed in the program's interpreter: it is found last, beside this file."""
     source = os.path.abspath(os.path.join(_HERE, *[os.pardir] * 4))
     sys.path.append(source)
@@ -34,7 +34,7 @@ def _wait_for_torch():
     after_import("torch", _start)
 
 
-def _start():
+def _start() -> None:
     from ridgeline.compiler.doctor import inside
 
     inside.start(os.environ[_SPEC_VARIABLE])
