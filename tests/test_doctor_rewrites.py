@@ -409,6 +409,23 @@ def test_number_compared_in_double_precision_stays_so() -> None:
     assert torch.equal(function(made.source)(x), function(text)(x)) and function(text)(x).item() < 1
 
 
+def test_number_of_a_buffer_stays_what_it_was_when_the_buffer_changes() -> None:
+    body = """
+    count = torch.ones(())
+
+
+    def f(x):
+        before = count.item()
+        count.add_(1)
+        return x.relu() * before
+    """
+    text = program(body)
+    made = rewrite(text, line_of(text, "before = count.item()"))
+    old, new = function(text), function(made.source)
+    for _ in range(2):
+        assert torch.equal(old(torch.ones(2)), new(torch.ones(2)))
+
+
 def test_prints_move_out_and_show_the_same() -> None:
     body = """
     @torch.compile(backend="aot_eager", fullgraph=FULL)

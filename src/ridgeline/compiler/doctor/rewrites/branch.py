@@ -68,7 +68,7 @@ def rewrite_branch(source: Source, node: ast.If) -> Rewrite:
     text = _where(source, test, choice) if may_where else _cond(source, test, choice, indent)
     target = "return" if not choice.names else f"{', '.join(choice.names)} ="
     start, end = source.span(node)[0], source.span(choice.end)[1]
-    return Rewrite(_name(may_where), source.edited([Edit(start, end, f"{before}{target} {text}")]))
+    return Rewrite(*_name(may_where, source.edited([Edit(start, end, f"{before}{target} {text}")])))
 
 
 def rewrite_ternary(source: Source, node: ast.IfExp) -> Rewrite:
@@ -88,11 +88,13 @@ def rewrite_ternary(source: Source, node: ast.IfExp) -> Rewrite:
     check_pure([node.test], allowed=("item",))
     may_where = _may_where(facts, node.test, choice)
     text = _where(source, test, choice) if may_where else _cond(source, test, choice, source.indent(statement))
-    return Rewrite(_name(may_where), source.edited([Edit(*source.span(node), text)]))
+    return Rewrite(*_name(may_where, source.edited([Edit(*source.span(node), text)])))
 
 
-def _name(may_where: bool) -> str:
-    return f"if tensor to torch.{'where' if may_where else 'cond'}"
+def _name(may_where: bool, text: str) -> tuple[str, str, str]:
+    """Name, text and note of a rewrite."""
+    note = "" if may_where else "outside of torch.compile torch.cond is slow: it compiles itself"
+    return f"if tensor to torch.{'where' if may_where else 'cond'}", text, note
 
 
 def predicate(source: Source, facts: Facts, test: ast.expr) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ast
 
-from ridgeline.compiler.doctor.rewrites.facts import ZERO, Facts, called, words
+from ridgeline.compiler.doctor.rewrites.facts import ZERO, Facts, called, is_fresh, words
 from ridgeline.compiler.doctor.rewrites.text import Edit, Function, Refused, Rewrite, Source, names_bound
 
 ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow)
@@ -62,8 +62,9 @@ def rewrite_item(source: Source, statement: ast.stmt) -> Rewrite:
         follow = _Uses(source, function, facts)
         follow.of(call, DEPTH)
         flat = "" if facts.shape(value) == ZERO else ".reshape(())"  # a number has no dimension
+        own = "" if is_fresh(value) else ".clone()"  # a number does not change when its tensor does
         exact = ".double()" if follow.numbers else ""
-        edits.append(Edit(*source.span(call), f"{source.operand(value)}.detach(){flat}{exact}"))
+        edits.append(Edit(*source.span(call), f"{source.operand(value)}.detach(){own}{flat}{exact}"))
     return Rewrite(".item() kept as a tensor", source.edited(edits))
 
 
