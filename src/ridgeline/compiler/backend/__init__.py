@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 
 from ridgeline.compiler.backend.linears import freeze
 from ridgeline.compiler.backend.match import Applied, rewrite
+from ridgeline.compiler.backend.partition import compile_with, find_engine
 from ridgeline.compiler.backend.patterns import PATTERNS
 from ridgeline.compiler.internals import graphs
 from ridgeline.errors import UserError, nearest
@@ -30,6 +31,8 @@ OWN = {
     "patterns": "'pays' (default), 'all', 'none'",
     "freeze": "True (default) or False",
     "inner": "'inductor' (default), 'aot_eager', 'eager'",
+    "engine": "None (default), 'openvino' or an object like `partition.Engine`",
+    "precision": "of the engine: 'exact' (default) or 'bf16'",
 }
 
 
@@ -50,6 +53,8 @@ def backend(
         applied = [Applied("normal form", "", f"{reason}: the graph is left as it is")]
     for seen in _watchers.get():
         seen.append(applied)
+    if own["engine"] is not None:
+        return compile_with(graph, examples, own["engine"])
     return _INNER[own["inner"]](graph, examples, settings)
 
 
@@ -58,7 +63,13 @@ def validate(options: Mapping[str, Any] | None, mode: str | None) -> tuple[dict[
     modes = graphs.inductor_modes()
     if mode is not None and mode not in modes:
         raise UserError(f"backend 'ridgeline': no mode '{mode}'{nearest(mode, modes)}")
-    own: dict[str, Any] = {"patterns": "pays", "freeze": True, "inner": "inductor"}
+    own: dict[str, Any] = {
+        "patterns": "pays",
+        "freeze": True,
+        "inner": "inductor",
+        "engine": None,
+        "precision": "exact",
+    }
     settings = {"post_grad_custom_pre_pass": _tag(), **modes[mode or "default"]}
     for name, value in (options or {}).items():
         name = name.replace("-", "_")
@@ -74,6 +85,8 @@ def validate(options: Mapping[str, Any] | None, mode: str | None) -> tuple[dict[
     for name, values in valid.items():
         if own[name] not in values:
             raise UserError(f"backend 'ridgeline': option '{name}' is {OWN[name]}, got {own[name]!r}")
+    if own["engine"] is not None:  # which knows ATen, and none of our operators
+        own |= {"engine": find_engine(own["engine"], precision=own["precision"]), "freeze": False}
     return own, settings
 
 

@@ -68,7 +68,8 @@ def _linear(node: Node, frozen: set[Node]) -> Linear | None:
 
 def _merge(graph: GraphModule, members: list[tuple[Node, Linear]]) -> Node:
     """One frozen linear at the place of the first member, of which the members are slices."""
-    first, (x, _, bias, transposed) = members[0]
+    first, (_, _, bias, transposed) = members[0]
+    x = first.args[1 if transposed else 0]  # read again: it may have been replaced meanwhile
     weights, biases = [m[1][1] for m in members], [m[1][2] for m in members if bias is not None]
     with graph.graph.inserting_before(first):
         whole = graph.graph.call_function(torch.ops.ridgeline.frozen_linear.default, (x, weights, biases, transposed))

@@ -151,6 +151,9 @@ def _all(searches: tuple[Value, ...], values: tuple[Value, ...], terms: Terms, s
 def _orders(search: Term, term: Term, terms: Terms) -> Iterator[tuple[Value, ...]]:
     """The ways to read ``term``: both orders of a sum or product, and ``a (b c)`` as ``(a b) c`` where that is sought."""
     yield term.args
+    if term.op == "permute" and len(search.args[1]) == len(term.args[1]):  # of a value that was itself permuted
+        inverse = tuple(map(search.args[1].index, range(len(search.args[1]))))
+        yield terms.permute(term, inverse), search.args[1]
     if term.op not in COMMUTATIVE:
         return
     x, y = term.args

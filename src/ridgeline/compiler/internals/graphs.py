@@ -132,3 +132,29 @@ def standalone(graph: GraphModule, examples: Sequence[Any]) -> Callable[..., Any
 
     shapes: Any = "from_tracing_context" if TracingContext.try_get() else "from_example_inputs"
     return standalone_compile(graph, list(examples), dynamic_shapes=shapes, options={})
+
+
+def after_autograd(
+    graph: GraphModule, examples: Sequence[Any], compile_graph: Callable[[GraphModule], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """``graph`` through AOTAutograd with core ATen decompositions; forward and backward go to ``compile_graph``."""
+    from torch._decomp import core_aten_decompositions
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    def compiler(made: GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
+        return make_boxed_func(compile_graph(made))  # type: ignore[no-any-return, no-untyped-call]
+
+    return aot_autograd(  # type: ignore[no-any-return]
+        fw_compiler=compiler,
+        bw_compiler=compiler,
+        inference_compiler=compiler,
+        decompositions=core_aten_decompositions(),
+    )(graph, list(examples))
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The first tensor of a model's output, of any structure."""
+    from torch.utils._pytree import tree_leaves
+
+    return next(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
