@@ -16,13 +16,17 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+from ridgeline.compiler.doctor.assemble import assemble  # noqa: E402
 from ridgeline.compiler.doctor.breaks import original_name, parse_break, resumed_line  # noqa: E402
-from ridgeline.compiler.doctor.clock import Clock  # noqa: E402
+from ridgeline.compiler.doctor.clock import Cell, Clock, EntryCell  # noqa: E402
 from ridgeline.compiler.doctor.guards import cause, differing, parse_failure, parse_guards  # noqa: E402
 from ridgeline.compiler.doctor.model import Finding, Frame, Observation, Timing, Trial, ranked  # noqa: E402
 from ridgeline.compiler.doctor.observe import Observer  # noqa: E402
 from ridgeline.compiler.doctor.ranks import compare_ranks  # noqa: E402
+from ridgeline.compiler.doctor.raw import EntryInfo, Raw, SeenGraph  # noqa: E402
+from ridgeline.compiler.doctor.recompiled import guard_findings  # noqa: E402
 from ridgeline.compiler.doctor.report import advice, document, over_budget, verdict  # noqa: E402
+from ridgeline.compiler.doctor.silent import cudagraph_findings  # noqa: E402
 from ridgeline.compiler.doctor.timing import PATTERN, Interleave, break_even, step_timing  # noqa: E402
 from ridgeline.compiler.internals import parse_version, require_torch  # noqa: E402
 from ridgeline.errors import UserError  # noqa: E402
@@ -199,6 +203,53 @@ def test_a_backend_that_fails_in_silence_is_heard() -> None:
     assert [one.kind for one in observer.observation().findings] == ["compile_failed"]
 
 
+def test_a_backend_that_hides_its_failure_behind_inductor_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It swallows its own exception and calls Inductor (here a stand-in), by a name it bound while it was imported."""
+    from torch._inductor import compile_fx as module
+
+    monkeypatch.setattr(module, "compile_fx", lambda graph, inputs: lambda *args: graph(*args))
+    with Observer() as observer:
+        from torch._inductor.compile_fx import compile_fx
+
+        def hidden(graph: Any, inputs: Any) -> Any:
+            try:
+                raise RuntimeError("no kernel for sin")
+            except RuntimeError:
+                return compile_fx(graph, inputs)
+
+        def honest(graph: Any, inputs: Any) -> Any:
+            return compile_fx(graph, inputs)
+
+        torch.compile(lambda x: x.sin(), backend=hidden)(torch.ones(3))
+        torch.compile(lambda x: x.cos(), backend=honest)(torch.ones(3))
+    (one,) = observer.observation().findings
+    assert one.kind == "backend_fallback" and one.detail["backend"] == "hidden"
+    assert one.detail["error"] == "RuntimeError: no kernel for sin"
+
+
+def test_cuda_graphs_not_used_and_costly_guards_are_findings() -> None:
+    """From what was heard to findings: the reason where torch gave one, and guards that take half of every call."""
+    raw = Raw(wall_seconds=1.0)
+    raw.metrics = [{"compile_id": "0/0", "co_name": "f", "co_filename": HERE, "co_firstlineno": 1, "guard_count": 40}]
+    raw.graphs = [
+        SeenGraph("0/0", "inductor", 1),
+        SeenGraph("1/0", "inductor", 1, "skipping cudagraphs due to mutated inputs"),
+    ]
+    reasons = {one.reason for one in cudagraph_findings(raw)}
+    assert reasons == {"the graph is not on a CUDA device", "mutated inputs"}
+    raw.entries = {0: EntryInfo("f", HERE, 1, "inductor")}
+    cell = EntryCell(0)
+    cell.before.after_calls, cell.before.after_ns = 100, 20_000_000
+    raw.clock_entries, graph = [cell], Cell("0/0")
+    graph.calls, graph.ns = 100, 20_000_000
+    raw.clock_graphs = {"0/0": graph}
+    (guards,) = guard_findings(raw, assemble(raw).frames)
+    assert guards.lost_seconds == pytest.approx(0.02) and guards.detail["share"] == pytest.approx(0.5)
+    assert guards.reason == "40 guards and entering take 200 us of every call, 50% of it"
+    graph.ns = 900_000_000  # guards of 2 % are no finding
+    assert guard_findings(raw, assemble(raw).frames) == []
+
+
 def test_a_backend_that_hands_the_graph_back_is_heard() -> None:
     """``eager`` does so on purpose; any other backend has given up."""
 
@@ -324,8 +375,6 @@ def test_other_functions_follow_the_step_and_are_not_left_in_eager() -> None:
 
 def test_step_times_are_medians_of_the_alternating_stretch() -> None:
     """By hand: compiled 10 ms, eager 30 ms, the first step compiled for 5 s and is left out."""
-    from ridgeline.compiler.doctor.clock import EntryCell
-
     cell, now = EntryCell(3), 0
     modes = [2, 0, 0, 0] + [0, 1, 1, 0] * 6 + [0]
     for mode in modes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import Any
 
 from ridgeline.errors import nearest
 
@@ -19,6 +20,7 @@ def main() -> None:
     sys.argv = [module_name, *arguments]
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    value: Any = None
     try:
         value = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

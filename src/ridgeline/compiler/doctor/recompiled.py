@@ -36,7 +36,7 @@ def recompile_findings(raw: Raw, frames: list[Frame]) -> list[Finding]:
         if not seen.failures or seen.compile_id in limits:
             continue
         blamed = cause(seen.failures)
-        key = (seen.file, str(seen.line), blamed.source)
+        key: tuple[str, ...] = (seen.file, str(seen.line), blamed.source)
         change = (seen.file, original_name(seen.function), blamed.what, blamed.old, blamed.new)
         if resumed_line(seen.function) is not None:
             key = changes.get(change, key)

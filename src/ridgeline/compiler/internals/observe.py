@@ -20,6 +20,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from ridgeline.compiler.doctor.injection.after import after_import
 from ridgeline.compiler.internals import check_version
 
 _VERSION = check_version("the doctor")
@@ -72,7 +73,8 @@ class Hooks:
         self.listener: Listener = _Careful(listener)
         self.trace = trace
         self._undo: list[Callable[[], None]] = []
-        self._handling = 0
+        self._backend: str | None = None
+        self._outer: BaseException | None = None
 
     def install(self) -> None:
         """Put all in place."""
@@ -116,29 +118,20 @@ class Hooks:
         self._undo.append(lambda: setattr(owner, name, original))
 
     def _patch_inductor(self) -> None:
-        """Only once it is imported: importing Inductor takes seconds, and a program may never use it."""
+        """``compile_fx`` as soon as somebody imports it: importing it for a program that does not would cost seconds, and
+        a backend that binds the name when it is imported itself must get ours."""
+        name = "torch._inductor.compile_fx"
+        self._undo.append(after_import(name, lambda: self._patch(sys.modules[name], "compile_fx", self._compile_fx)))
 
-        def late(original: Any) -> Any:
-            @functools.wraps(original)
-            def call(*args: Any, **kwargs: Any) -> Any:
-                error = sys.exc_info()[1]
-                if error is not None and self._backend is not None and error is not self._outer:
-                    self.listener.on_fallback(_compile_id(), self._backend, _one_line(error))
-                return original(*args, **kwargs)
+    def _compile_fx(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def compile_fx(*args: Any, **kwargs: Any) -> Any:
+            error = sys.exc_info()[1]
+            if error is not None and self._backend is not None and error is not self._outer:
+                self.listener.on_fallback(_compile_id(), self._backend, _one_line(error))
+            return original(*args, **kwargs)
 
-            return call
-
-        self._late = late
-        self._late_done = False
-        self._backend: str | None = None
-        self._outer: BaseException | None = None
-        self._hook_inductor()
-
-    def _hook_inductor(self) -> None:
-        module = sys.modules.get("torch._inductor.compile_fx")
-        if module is not None and not self._late_done:
-            self._late_done = True
-            self._patch(module, "compile_fx", self._late)
+        return compile_fx
 
     def _reasons(self, original: Any) -> Any:
         listener = self.listener
@@ -146,7 +139,7 @@ class Hooks:
         @functools.wraps(original)
         def get(entries: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
             reasons: list[str] = original(entries, frame, *args, **kwargs)
-            if reasons:
+            if reasons and not kwargs.get("skip_logging"):
                 names = {**frame.f_globals, **frame.f_locals}
                 listener.on_recompile(_compile_id(), frame.f_code, names, list(reasons))
             return reasons
@@ -159,7 +152,6 @@ class Hooks:
             backend = backend_name(graph.compiler_fn)
             before, self._backend = self._backend, backend
             outer, self._outer = self._outer, sys.exc_info()[1]
-            self._hook_inductor()
             copy = self.listener.on_graph_copy(backend, module)
             try:
                 compiled = original(graph, module, example_inputs)

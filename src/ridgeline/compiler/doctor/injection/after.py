@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 
-def after_import(name: str, action: Callable[[], None]) -> None:
-    """Call ``action`` once, when the module ``name`` is loaded; at once if it is."""
+def after_import(name: str, action: Callable[[], None]) -> Callable[[], None]:
+    """Call ``action`` once, when the module ``name`` is loaded; at once if it is. What is returned calls it off."""
     if name in sys.modules:
         action()
-    else:
-        sys.meta_path.insert(0, _After(name, action))
+        return lambda: None
+    finder = _After(name, action)
+    sys.meta_path.insert(0, finder)
+    return lambda: sys.meta_path.remove(finder) if finder in sys.meta_path else None
 
 
 class _After:
