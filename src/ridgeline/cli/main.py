@@ -21,7 +21,7 @@ VERBS = {
     "train": "pretrain a model, or continue one",
     "profile": "where a training step's time goes, and what to try",
     "trace": "any PyTorch trace: what it lacks, where its time went, what to try",
-    "improve": "find what holds a training job back, try the knob, prove the gain",
+    "improve": "find what holds a training job or a server back, try the knob, prove the gain",
     "doctor": "what torch.compile does to a program: breaks, recompilations, fallbacks, and what they cost",
     "run": "a script under the settings of a doctor.toml, its code untouched",
     "generate": "generate text from a model",
