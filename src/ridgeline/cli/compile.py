@@ -135,7 +135,9 @@ def _print_blame(screen: Any, result: Any) -> None:
     found = result.blame
     place = f" at {found.file}:{found.line}" if found.file else ""
     company = f", together with {', '.join(found.company)}" if found.company else ", alone"
-    screen.print(f"first responsible: {found.operator}{place}{company}", soft_wrap=True, markup=False)
+    screen.print(
+        f"first responsible: {found.operator} (node {found.node}){place}{company}", soft_wrap=True, markup=False
+    )
     cure = "; keeping eager's roundings cures it (emulate_precision_casts)" if found.cured_by_roundings else ""
     screen.print(f"it goes wrong in {found.stage}{cure}", soft_wrap=True, markup=False)
     if result.repro is not None:
