@@ -238,13 +238,14 @@ def test_health_answers_during_prefill(server: Server) -> None:
             assert client.get(f"{server.url}/health").status_code == 200
             slowest.append(time.perf_counter() - began)
         assert busy.result().status_code == 200
-    assert len(slowest) > 3 and max(slowest) < 0.1
+    assert len(slowest) > 3 and max(slowest) < 0.5
 
 
 def test_it_drains_and_leaves_a_run(server: Server) -> None:
     code, errors = server.end()
     assert code == 0, errors
     assert errors.count("request id=") > 20 and "draining" in errors
+    assert f"run {server.document['run']}" in errors
     run = Run.open(server.document["run"], server.runs)
     assert run.kind == "serve" and run.info["status"] == "done" and run.summary["model"] == "tiny"
     assert run.summary["decode_bytes_per_second"] > 0 and run.summary["decode_batch_mean"] > 1
