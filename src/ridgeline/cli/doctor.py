@@ -222,10 +222,10 @@ def timing_table(observation: Any) -> Table:
     row = [human_seconds(timing.eager_seconds), human_seconds(timing.compiled_seconds)]
     table.add_row("a steady step", *row, f"{sign}{human_seconds(abs(gain))}", human_seconds(timing.floor_seconds))
     for name, cost, step in (
-        ("first start (empty cache)", timing.cold_seconds, timing.break_even_step),
-        ("later start (warm cache)", timing.warm_seconds, timing.break_even_warm_step),
+        ("cold start", timing.cold_seconds, timing.break_even_step),
+        ("warm start", timing.warm_seconds, timing.break_even_warm_step),
     ):
-        pays = f"pays from step {step:,}" if step else "never pays"
+        pays = f"from step {step:,}" if step else "never pays"
         table.add_row(name, "-", human_seconds(cost), pays, "-")
     return table
 
