@@ -401,6 +401,18 @@ def test_int8_linear_in_inference(spelling):
     assert "training" in graphs[0][0].refused
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rows", "applied"), [("bfloat16", 8, True), ("bfloat16", 9, False), ("float32", 1, False)]
+)
+def test_int8_is_applied_on_a_cpu_only_where_it_pays(dtype, rows, applied):
+    torch._dynamo.reset()
+    kind = getattr(torch, dtype)
+    inputs = torch.randn(rows, 32).to(kind), torch.ones(16, 32, dtype=torch.int8), torch.rand(16).to(kind)
+    with torch.no_grad(), watch() as graphs:
+        torch.compile(int8_after, backend="ridgeline", options={"inner": "aot_eager"})(*inputs)
+    assert (None in [one.refused for one in graphs[0]]) == applied
+
+
 INT8_MISSES = (
     lambda x, w, s: F.linear(x, w.to(x.dtype)) + s,
     lambda x, w, s: F.linear(x, w.to(x.dtype).abs()) * s,

@@ -55,7 +55,8 @@ def backend(
         seen.append(applied)
     if own["engine"] is not None:
         return compile_with(graph, examples, own["engine"])
-    return _INNER[own["inner"]](graph, examples, settings)
+    compiled: Callable[..., Any] = _INNER[own["inner"]](graph, examples, settings)
+    return compiled
 
 
 def validate(options: Mapping[str, Any] | None, mode: str | None) -> tuple[dict[str, Any], dict[str, Any]]:

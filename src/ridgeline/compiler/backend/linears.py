@@ -46,9 +46,9 @@ def freeze(graph: GraphModule, examples: Sequence[Any]) -> list[Applied]:
 def _packable(example: Any) -> bool:
     if not isinstance(example, nn.Parameter) or example.is_inference() or type(example.data) is not Tensor:
         return False
-    supported = torch.backends.mkldnn.is_available()
+    supported = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if example.dtype == torch.bfloat16:
-        supported = supported and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-untyped-call]
+        supported = supported and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return bool(supported and example.device.type == "cpu" and example.dtype in (torch.bfloat16, torch.float32))
 
 
@@ -57,10 +57,11 @@ def _mutates(node: Node) -> bool:
 
 
 def _linear(node: Node, frozen: set[Node]) -> Linear | None:
+    given: tuple[Any, ...] = node.args
     if node.target is aten.linear.default:
-        x, weight, bias, transposed = *node.args[:2], node.args[2] if len(node.args) > 2 else None, False
+        x, weight, bias, transposed = given[0], given[1], given[2] if len(given) > 2 else None, False
     elif node.target is aten.addmm.default and not node.kwargs:
-        bias, x, weight, transposed = *node.args, True
+        bias, x, weight, transposed = *given, True
     else:
         return None
     return (x, weight, bias, transposed) if weight in frozen and (bias is None or bias in frozen) else None

@@ -87,7 +87,8 @@ class Pattern:
                 term.op, term.args = "var", (name,)
         constants = {e: n for n, e in zip(names, examples, strict=False) if isinstance(e, float)}
         (out,) = (node for node in graph.nodes if node.op == "output")
-        return _with_variables(terms.of(out.args[0]), constants)
+        made: Term = _with_variables(terms.of(out.args[0]), constants)
+        return made
 
 
 def pattern(

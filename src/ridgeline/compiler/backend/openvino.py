@@ -42,11 +42,12 @@ class OpenVINO:
             return "no such operator in OpenVINO's PyTorch frontend"
         values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
         tensors = [t for value in values for t in (value if isinstance(value, (tuple, list)) else [value])]
-        if any(not isinstance(t, Tensor) for t in tensors):
+        found = [t for t in tensors if isinstance(t, Tensor)]
+        if len(found) < len(tensors):
             return "an input or result is no tensor"
-        if any(t.dtype not in DTYPES for t in tensors):
-            return f"{next(t.dtype for t in tensors if t.dtype not in DTYPES)} is not among the engine's dtypes"
-        return "a size varies" if any(not isinstance(s, int) for t in tensors for s in t.shape) else None
+        if any(t.dtype not in DTYPES for t in found):
+            return f"{next(t.dtype for t in found if t.dtype not in DTYPES)} is not among the engine's dtypes"
+        return "a size varies" if any(not isinstance(s, int) for t in found for s in t.shape) else None
 
     def compile(self, part: GraphModule, examples: Sequence[Any]) -> Callable[..., Sequence[Tensor]]:
         """Convert by OpenVINO's frontend and compile.

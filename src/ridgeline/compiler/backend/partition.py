@@ -67,8 +67,8 @@ class Report:
                 names = ", ".join(f"{name} x{count}" for name, count in part.operators.items())
                 lines.append(f"  {part.side:<9} {part.bytes_in:>12,} B in {part.bytes_out:>12,} B out  {names}")
         lines += [f"refused by {self.engine}: {reason}" for reason in ([] if self.refused else ["nothing"])]
-        for reason, names in self.refused.items():
-            lines.append(f"refused by {self.engine}: {', '.join(f'{n} x{c}' for n, c in names.items())}: {reason}")
+        for reason, counts in self.refused.items():
+            lines.append(f"refused by {self.engine}: {', '.join(f'{n} x{c}' for n, c in counts.items())}: {reason}")
         return "\n".join(lines)
 
 
@@ -227,7 +227,7 @@ def dry_run(
     with torch.set_grad_enabled(training):
         out = torch.compile(model, backend=lambda g, ex: graphs.after_autograd(g, ex, look))(*inputs)
         if training:
-            graphs.first_tensor(out).float().sum().backward()
+            torch.autograd.backward(graphs.first_tensor(out).float().sum())
     return report
 
 

@@ -20,6 +20,7 @@ from ridgeline.kernels import rope as ropes
 from ridgeline.kernels import swiglu as swiglus
 
 MAX_GROUP = 8  # query heads to a key head, each an expression of its own
+MAX_INT8_ROWS = 8
 MIN_LOGITS = 32 * 2**20  # elements; below, the logits fit where the compiler's fused loss is faster
 
 
@@ -139,7 +140,7 @@ def _(gate: Tensor, up: Tensor, both: Tensor) -> Tensor:
 
 
 @swiglu.replacement
-def _(gate: Tensor | None, up: Tensor, both: Tensor | None) -> Tensor:
+def _(gate: Tensor, up: Tensor, both: Tensor | None) -> Tensor:
     return swiglus.swiglu(both) if both is not None else F.silu(gate) * up
 
 
@@ -320,9 +321,15 @@ def _(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor) -> Tensor:
 
 
 @linear_cross_entropy.replacement
-def _(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
-    loss, *_ = torch.ops.ridgeline.linear_cross_entropy(x, weight, target, bias, True)
+def _(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, training: bool) -> Tensor:
+    loss: Tensor = torch.ops.ridgeline.linear_cross_entropy(x, weight, target, bias, training)[0]
     return loss
+
+
+@linear_cross_entropy.preparation
+def _(bound: dict[str, Any]) -> dict[str, Any]:
+    """Without gradients, none are made."""
+    return {**bound, "training": torch.is_grad_enabled()}
 
 
 def _rows_and_targets(x: Term, target: Term) -> str | None:
@@ -361,7 +368,8 @@ def _(x: Tensor, target: Tensor) -> Tensor:
 
 
 def _int8_shapes(x: Term, weight: Term, scale: Term | None = None, column: Term | None = None) -> str | None:
-    factors = scale if scale is not None else column
+    factors = scale or column
+    assert factors is not None
     if torch.is_grad_enabled():
         return "training: the int8 product has no gradient"
     if weight.dtype != torch.int8 or len(weight.shape) != 2 or not known(prod(factors.shape) == weight.shape[0]):
@@ -369,10 +377,15 @@ def _int8_shapes(x: Term, weight: Term, scale: Term | None = None, column: Term 
     return "the scale has another dtype" if factors.dtype != x.dtype else None
 
 
+def _few_bf16_rows(x: Term, weight: Term, **_: Term) -> str | None:
+    few = x.shape is not None and all(isinstance(size, int) for size in x.shape) and prod(x.shape[:-1]) <= MAX_INT8_ROWS
+    return None if few and x.dtype == torch.bfloat16 else "torch's int8 product pays for few rows in bf16 only"
+
+
 @pattern(
     lambda dtype: (_of(dtype, 3, 8), torch.ones(5, 8, dtype=torch.int8), _of(dtype, 5), _of(dtype, 5, 1)),
     _int8_shapes,
-    cpu=_always,
+    cpu=_few_bf16_rows,
 )
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, column: Tensor) -> Tensor:
     """A linear with an int8 weight and a scale for each row of it."""
@@ -392,7 +405,8 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, column: Tensor) -> Tensor:
 @int8_linear.replacement
 def _(x: Tensor, weight: Tensor, scale: Tensor | None, column: Tensor) -> Tensor:
     rows, factors = x.reshape(-1, x.shape[-1]), column.flatten() if scale is None else scale
-    return torch.ops.aten._weight_int8pack_mm(rows, weight, factors).reshape(*x.shape[:-1], weight.shape[0])
+    out: Tensor = torch.ops.aten._weight_int8pack_mm(rows, weight, factors).reshape(*x.shape[:-1], weight.shape[0])
+    return out
 
 
 def _of(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -7,6 +7,7 @@ or None where the operation stays opaque after all.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch.fx import Node
@@ -38,7 +39,7 @@ rule("silu")(lambda t, n, x: t.mul(x, t.sigmoid(x)))
 def _pow(t: Terms, node: Node, x: Value, exponent: Any) -> Value:
     if not isinstance(x, Term) or isinstance(exponent, Term):
         return None
-    forms = {
+    forms: dict[Any, Callable[[], Value]] = {
         2: lambda: t.mul(x, x),
         3: lambda: t.mul(t.mul(x, x), x),
         0.5: lambda: t.make("sqrt", x),
@@ -195,7 +196,7 @@ def _einsum(t: Terms, node: Node, equation: str, operands: Any, *_: Any) -> Valu
     sides = inputs.split(",")
     if len(sides) != 2 or "." in equation or any(len(set(s)) != len(s) or len(s) != 4 for s in (*sides, out)):
         return None
-    batch, (row, column) = out[:2], out[2:]
+    batch, row, column = out[:2], out[2], out[3]
     inner = next(iter(set(sides[0]) - set(out)), "")
     if set(sides[0]) != {*batch, row, inner} or set(sides[1]) != {*batch, inner, column}:
         return None

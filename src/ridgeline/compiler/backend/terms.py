@@ -272,9 +272,3 @@ def _softmax_of(a: Value, b: Value) -> Value:
             if most.op == "amax" and most.args == (scores, -1, True):
                 return scores
     return None
-
-
-def last_dim(x: Value, dims: Any) -> bool:
-    """Whether ``dims`` (an int or a list of one) is the last dim of ``x``."""
-    dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
-    return len(dims) == 1 and (dims[0] == -1 or (_rank(x) is not None and dims[0] == _rank(x) - 1))

@@ -50,7 +50,7 @@ def normal_form(graph: GraphModule, examples: Sequence[Any]) -> GraphModule:
     for place, original in zip(places, originals, strict=True):
         place.meta = {**original.meta, **place.meta}
         if hasattr(original, "_dynamo_source"):
-            place._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+            place._dynamo_source = original._dynamo_source
     made.meta.update(graph.meta)
     return made
 
@@ -59,7 +59,7 @@ def traceable(graph: GraphModule) -> str | None:
     """None when `normal_form` can represent ``graph``, else what it holds that must be left as it is."""
     for node in graph.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            return f"{node.target.name()} is a graph within the graph"
+            return f"{node.target._name} is a graph within the graph"
         if node.op == "call_module":
             return f"a call of the module {node.target}"
     return None
@@ -68,7 +68,8 @@ def traceable(graph: GraphModule) -> str | None:
 def _fake(example: Any, mode: FakeTensorMode, context: TracingContext | None) -> Any:
     if not isinstance(example, Tensor) or isinstance(example, FakeTensor):
         return example
-    symbolic = context.tensor_to_context.get(example) if context else None
+    contexts: Any = context.tensor_to_context if context else {}
+    symbolic = contexts.get(example)
     source = getattr(symbolic, "tensor_source", None)
     return mode.from_tensor(example, symbolic_context=symbolic, source=source, static_shapes=symbolic is None or None)
 
@@ -140,12 +141,12 @@ def after_autograd(
     """``graph`` through AOTAutograd with core ATen decompositions; forward and backward go to ``compile_graph``."""
     from torch._decomp import core_aten_decompositions
     from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch._aot_autograd.utils import make_boxed_func
 
     def compiler(made: GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
-        return make_boxed_func(compile_graph(made))  # type: ignore[no-any-return, no-untyped-call]
+        return make_boxed_func(compile_graph(made))
 
-    return aot_autograd(  # type: ignore[no-any-return]
+    return aot_autograd(
         fw_compiler=compiler,
         bw_compiler=compiler,
         inference_compiler=compiler,
