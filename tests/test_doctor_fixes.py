@@ -21,7 +21,7 @@ from ridgeline.compiler.doctor import fixes
 from ridgeline.compiler.doctor.candidates import Candidate, combined, propose
 from ridgeline.compiler.doctor.model import Finding, Observation, Target
 from ridgeline.compiler.doctor.proof import NotComparable, Result, Snapshot, compare, distance
-from ridgeline.compiler.doctor.search import refusal
+from ridgeline.compiler.doctor.search import Search, Try, refusal
 from ridgeline.compiler.doctor.settings import REGIONAL, applied, check, knobs_for, merged, repeated_blocks
 from ridgeline.compiler.doctor.target import resolve_target
 from ridgeline.compiler.doctor.workers import Outcome, Workers, supported
@@ -567,3 +567,49 @@ def test_programs_that_fork_use_threads_hang_or_fail(tmp_path: Path) -> None:
     assert forking.failure == "" and forking.observation.graphs == 1
     assert "parent\nthread\n" in (tmp_path / "w" / "trial000" / "log.txt").read_text()
     assert early.failure == "exit code 4" and endless.failure == "still running after 3 s"
+
+
+class Scripted(Workers):
+    """Workers whose runs take as long as a table says: by the settings that are on, without a process."""
+
+    def __init__(self, folder: Path, gains: dict[str, float]) -> None:
+        super().__init__(target_of(folder), folder, timeout=1)
+        self.gains, self.runs = gains, 0
+
+    def run(self, settings: Any = None, sources: Any = None, *, prove: bool = False, timed: bool = False) -> Outcome:
+        self.runs += 1
+        seconds = 10.0 - sum(self.gains[name] for name in settings or ()) + (0.01 if self.runs % 2 else 0.0)
+        breaks = 5 - len(settings or ())
+        return Outcome(
+            Observation(breaks=breaks), seconds, proof={"why": "", "calls": 1, "error": 0.0, "error_eager": 0.0}
+        )
+
+
+def searched(folder: Path, gains: dict[str, float]) -> Search:
+    tries = [Try(Candidate(name, [Finding("graph_break", name)], setting={name: True})) for name in gains]
+    search = Search(Scripted(folder, gains), tries, lambda line: None, 3)
+    search.run()
+    return search
+
+
+@pytest.mark.parametrize(
+    ("gains", "kept"),
+    [
+        ({"a": 2.0, "b": 0.0}, {"a"}),
+        ({"a": 2.0, "b": 1.0}, {"a", "b"}),
+        ({"a": 0.15, "b": 0.15}, {"a", "b"}),  # 0.2 s is 2 % of the run: each is too small, both are not
+        ({"a": 2.0, "b": 0.12, "c": 0.1}, {"a", "b", "c"}),
+        ({"a": 2.0, "b": -1.0}, {"a"}),
+        ({"a": 0.0, "b": 0.05}, set()),
+        ({"a": -1.0}, set()),
+        ({"a": 3.0}, {"a"}),
+    ],
+)
+def test_what_is_kept_of_fixes_whose_gains_are_known(tmp_path: Path, gains: dict[str, float], kept: set[str]) -> None:
+    search = searched(tmp_path, gains)
+    assert {one.candidate.fix for one in search.tries if one.kept} == kept
+    assert set(search.kept.setting if search.kept else ()) == kept
+    if kept:
+        assert search.gain is not None
+        assert search.gain.gain_seconds == pytest.approx(sum(gains[name] for name in kept), abs=0.05)
+    assert all(one.kept or one.why for one in search.tries)

@@ -124,7 +124,7 @@ def _trials(findings: Sequence[Finding], tries: list[Try], reasons: dict[int, st
 def _trial(finding: Finding, one: Try, before: Observation) -> Trial:
     candidate, after = one.candidate, one.outcome.observation if one.outcome else before
     proof = one.outcome.proof if one.outcome else {}
-    why = one.why or f"proven on {proof.get('calls', 0)} calls"
+    why = one.why or "; ".join(filter(None, (f"proven on {proof.get('calls', 0)} calls", one.group)))
     return Trial(
         finding=finding,
         fix=candidate.fix,

@@ -6,6 +6,7 @@
     each candidate           breaks, recompiles or silent events fall?  errors within twice eager's?  else out
     alone, interleaved       before, fix 1, fix 2, ... | reversed | ...        faster than before, beyond the floor?
     together, interleaved    before, all, all without u for each u that gains nothing alone: slower without it?
+    as a group, interleaved  before, those kept so far, those and the small ones: faster with the group?
     the kept ones            proven and timed as one program, which is what the user gets
 
 A break that is gone may gain nothing while another one remains, so that a fix is judged in company too. Times are whole
@@ -41,6 +42,7 @@ class Try:
     gain: Gain | None = None
     why: str = ""
     kept: bool = False
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,47 +98,55 @@ class Search:
 
     def _together(self, chosen: list[Try]) -> None:
         """The chosen ones as one program, and each that gained nothing alone in their company."""
-        if len(chosen) > 1 and (program := self._prove(chosen)) is not None:
+        program = self._prove(chosen) if len(chosen) > 1 else None
+        if program is not None:
             self._in_company(chosen, program)
-            return
-        kept = [one for one in chosen if one.kept]
-        if kept:
-            self._best_of(kept, "they do not hold together")
+        else:
+            self._as_group([one for one in chosen if one.kept], [])
 
     def _in_company(self, chosen: list[Try], program: Program) -> None:
+        """Who gained nothing alone may be missed by the others: all of them, with and without it."""
         idle = [one for one in chosen if not one.kept]
         programs = {ALL: (program.setting, program.sources)}
         for at, one in enumerate(idle):
             setting, sources, _ = combined(other.candidate for other in chosen if other is not one)
             programs[f"without {at}"] = (setting, sources)
         session = self._time(programs)
+        harmful = []
         for at, one in enumerate(idle):
-            gain = None if f"without {at}" in session.failures else _gain(session, f"without {at}", ALL)
-            if gain is not None and gain.proven:
+            name = f"without {at}"
+            if name in session.failures or ALL in session.failures:
+                continue
+            gain = _gain(session, name, ALL)
+            if gain.proven:
                 one.gain, one.kept, one.why = gain, True, ""
-        kept = [one for one in chosen if one.kept]
-        if kept == chosen and ALL not in session.failures:
-            self._keep(kept, program, _gain(session, BEFORE, ALL))
-        elif kept:
-            self._fewer(kept)
-
-    def _fewer(self, kept: list[Try]) -> None:
-        """Not all of the chosen are kept: those that are must hold without the others."""
-        fewer = self._prove(kept) if len(kept) > 1 else None
-        if fewer is None:
-            self._best_of(kept, "they do not hold together")
-            return
-        session = self._time({ALL: (fewer.setting, fewer.sources)})
-        if ALL in session.failures:
-            self._best_of(kept, session.failures[ALL])
+            elif _gain(session, ALL, name).proven:
+                harmful.append(one)
+        sure = [one for one in chosen if one.kept]
+        if sure == chosen and ALL not in session.failures and _gain(session, BEFORE, ALL).proven:
+            self.kept, self.gain = program, _gain(session, BEFORE, ALL)
         else:
-            self._keep(kept, fewer, _gain(session, BEFORE, ALL))
+            self._as_group(sure, [one for one in chosen if not one.kept and one not in harmful])
 
-    def _keep(self, kept: list[Try], program: Program, gain: Gain) -> None:
-        if gain.proven:
-            self.kept, self.gain = program, gain
-        else:
-            self._best_of(kept, "together they gain nothing beyond the floor")
+    def _as_group(self, sure: list[Try], small: list[Try]) -> None:
+        """Fixes too small to be seen one by one count as one fix, if they gain together on top of the sure ones."""
+        narrow, wide = self._prove(sure), self._prove([*sure, *small]) if small else None
+        programs = {
+            name: (one.setting, one.sources) for name, one in (("sure", narrow), (ALL, wide)) if one is not None
+        }
+        session = self._time(programs) if programs else Session()
+        if wide is not None and ALL not in session.failures and (not sure or "sure" in session.samples):
+            gain = _gain(session, "sure" if sure else BEFORE, ALL)
+            if gain.proven:
+                for one in small:
+                    one.gain, one.kept, one.why = gain, True, ""
+                    one.group = f"with {len(small) - 1} others too small to be seen alone" if len(small) > 1 else ""
+                self.kept, self.gain = wide, _gain(session, BEFORE, ALL)
+                return
+        if narrow is not None and "sure" in session.samples and _gain(session, BEFORE, "sure").proven:
+            self.kept, self.gain = narrow, _gain(session, BEFORE, "sure")
+        elif sure:
+            self._best_of(sure, "together they do not hold, or gain nothing beyond the floor")
 
     def _best_of(self, kept: list[Try], why: str) -> None:
         """Only the one that gains most alone stays."""
@@ -149,7 +159,11 @@ class Search:
         self.gain = best.gain
 
     def _prove(self, chosen: Sequence[Try]) -> Program | None:
-        """All of them as one program; None when they cannot be, or it computes something else."""
+        """All of them as one program; None when they cannot be, it computes something else, or there are none."""
+        if len(chosen) == 1 and chosen[0].outcome is not None:
+            return Program(chosen[0].candidate.setting, chosen[0].candidate.sources, chosen[0].outcome)
+        if not chosen:
+            return None
         setting, sources, left_out = combined(one.candidate for one in chosen)
         if left_out:
             return None
