@@ -130,3 +130,21 @@ def test_a_model_that_cannot_be_copied_is_said(workers: Workers, tmp_path: Path)
     workers.target, workers.folder = target_of("uncopyable"), tmp_path
     proof = workers.run(prove=True).proof
     assert proof["calls"] > 0 and ["cannot be copied" in note for note in proof["notes"]] == [True]
+
+
+def test_broken_training_shows_at_least_eight_kinds_of_trouble(workers: Workers, tmp_path: Path) -> None:
+    script = CORPUS.parents[1] / "examples" / "broken_training.py"
+    workers.target = Target((sys.executable, script.name), script.parent, "broken_training", script)
+    workers.folder = tmp_path
+    outcome = workers.run()
+    found = outcome.observation.findings
+    kinds = {(one.kind, one.detail.get("gb") or one.detail.get("what", "")) for one in found}
+    assert outcome.failure == "" and len(kinds) >= 8, kinds
+    assert {
+        ("graph_break", "GB0124"),
+        ("graph_break", "GB0170"),
+        ("recompile", "length"),
+        ("recompile_limit", ""),
+    } <= kinds
+    candidates, reasons = propose(workers.target, found)
+    assert len(candidates) >= 8 and len({one.kind for one in candidates}) == 2 and reasons
