@@ -140,11 +140,7 @@ def test_broken_training_shows_at_least_eight_kinds_of_trouble(workers: Workers,
     found = outcome.observation.findings
     kinds = {(one.kind, one.detail.get("gb") or one.detail.get("what", "")) for one in found}
     assert outcome.failure == "" and len(kinds) >= 8, kinds
-    assert {
-        ("graph_break", "GB0124"),
-        ("graph_break", "GB0170"),
-        ("recompile", "length"),
-        ("recompile_limit", ""),
-    } <= kinds
+    assert {("graph_break", "GB0124"), ("graph_break", "GB0170"), ("recompile", "length")} <= kinds
+    assert any(one.kind == "recompile_limit" for one in found)
     candidates, reasons = propose(workers.target, found)
     assert len(candidates) >= 8 and len({one.kind for one in candidates}) == 2 and reasons
