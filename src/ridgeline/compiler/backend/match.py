@@ -102,6 +102,15 @@ def pattern(
     return lambda search: Pattern(search.__name__, examples, guard, pays, [search])
 
 
+def of(dtype: torch.dtype, *shape: int) -> Tensor:
+    """An example; its values do not matter."""
+    return torch.ones(shape, dtype=dtype, requires_grad=True)
+
+
+def always(**_: Any) -> None:
+    """The guard that refuses nothing."""
+
+
 def _with_variables(term: Value, constants: dict[float, str]) -> Value:
     """``term`` with constants that stand for parameters turned into variables."""
     if not isinstance(term, Term):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from math import prod
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ridgeline.compiler.backend import operators  # noqa: F401  (registers what replacements call)
-from ridgeline.compiler.backend.match import pattern
+from ridgeline.compiler.backend.attention import attention, decode_attention
+from ridgeline.compiler.backend.match import always, of, pattern
 from ridgeline.compiler.backend.terms import Term
 from ridgeline.compiler.internals.graphs import known
 from ridgeline.kernels import layer_norm as layer_norms
@@ -19,13 +19,8 @@ from ridgeline.kernels import rms_norm as rms_norms
 from ridgeline.kernels import rope as ropes
 from ridgeline.kernels import swiglu as swiglus
 
-MAX_GROUP = 8  # query heads to a key head, each an expression of its own
 MAX_INT8_ROWS = 8
 MIN_LOGITS = 2**30  # elements: it saves memory, not time (on a CPU it takes a third longer than Inductor's loss)
-
-
-def _always(**_: Any) -> None:
-    return None
 
 
 def _weight_is_last_dim(x: Term, weight: Term, **more: Any) -> str | None:
@@ -35,7 +30,7 @@ def _weight_is_last_dim(x: Term, weight: Term, **more: Any) -> str | None:
     return "x and the weight differ in dtype" if any(side.dtype != x.dtype for side in sides) else None
 
 
-@pattern(lambda dtype: (_of(dtype, 2, 8), _of(dtype, 8), 1.5e-6), _weight_is_last_dim, cuda=_always)
+@pattern(lambda dtype: (of(dtype, 2, 8), of(dtype, 8), 1.5e-6), _weight_is_last_dim, cuda=always)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm. With a residual, ``x`` is the sum, which may be used elsewhere."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
@@ -58,7 +53,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norms.rms_norm(x, weight, eps)
 
 
-@pattern(lambda dtype: (_of(dtype, 2, 8), _of(dtype, 8), _of(dtype, 8), 1.5e-6), _weight_is_last_dim, cuda=_always)
+@pattern(lambda dtype: (of(dtype, 2, 8), of(dtype, 8), of(dtype, 8), 1.5e-6), _weight_is_last_dim, cuda=always)
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm with the biased variance."""
     centred = x - x.mean(-1, keepdim=True)
@@ -83,9 +78,7 @@ def _same_width(x: Term, cos: Term, sin: Term, half: float = 1, **_: Any) -> str
     return None
 
 
-@pattern(
-    lambda dtype: (_of(dtype, 2, 3, 2, 8), _of(dtype, 2, 3, 1, 8), _of(dtype, 2, 3, 1, 8)), _same_width, cuda=_always
-)
+@pattern(lambda dtype: (of(dtype, 2, 3, 2, 8), of(dtype, 2, 3, 1, 8), of(dtype, 2, 3, 1, 8)), _same_width, cuda=always)
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions by ``rotate_half``, tables as wide as the heads."""
     first, second = x.chunk(2, -1)
@@ -105,9 +98,7 @@ def _half_width(x: Term, cos: Term, sin: Term) -> str | None:
     return None
 
 
-@pattern(
-    lambda dtype: (_of(dtype, 2, 3, 2, 8), _of(dtype, 2, 3, 1, 4), _of(dtype, 2, 3, 1, 4)), _half_width, cuda=_always
-)
+@pattern(lambda dtype: (of(dtype, 2, 3, 2, 8), of(dtype, 2, 3, 1, 4), of(dtype, 2, 3, 1, 4)), _half_width, cuda=always)
 def rope_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on halves, tables half as wide as the heads."""
     first, second = x.chunk(2, -1)
@@ -127,7 +118,7 @@ def _same_shape(gate: Term | None = None, up: Term | None = None, **_: Any) -> s
     return None if alike and gate.dtype == up.dtype else "gate and up differ in shape or dtype"
 
 
-@pattern(lambda dtype: (_of(dtype, 2, 8), _of(dtype, 2, 8), _of(dtype, 2, 16)), _same_shape, cuda=_always)
+@pattern(lambda dtype: (of(dtype, 2, 8), of(dtype, 2, 8), of(dtype, 2, 16)), _same_shape, cuda=always)
 def swiglu(gate: Tensor, up: Tensor, both: Tensor) -> Tensor:
     """``silu(gate) * up``, of two tensors or the halves of one."""
     gate, up = both.chunk(2, -1)
@@ -144,7 +135,7 @@ def _(gate: Tensor, up: Tensor, both: Tensor | None) -> Tensor:
     return swiglus.swiglu(both) if both is not None else F.silu(gate) * up
 
 
-@pattern(lambda dtype: (_of(dtype, 2, 8), _of(dtype, 2, 8)), _same_shape, cuda=_always)
+@pattern(lambda dtype: (of(dtype, 2, 8), of(dtype, 2, 8)), _same_shape, cuda=always)
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """``gelu(gate) * up``."""
     return F.gelu(gate) * up
@@ -155,7 +146,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate) * up
 
 
-@pattern(lambda dtype: (_of(dtype, 2, 8), _of(dtype, 2, 8)), _same_shape, cuda=_always)
+@pattern(lambda dtype: (of(dtype, 2, 8), of(dtype, 2, 8)), _same_shape, cuda=always)
 def geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:
     """``gelu(gate) * up`` by the tanh formula."""
     return F.gelu(gate, approximate="tanh") * up
@@ -164,126 +155,6 @@ def geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:
 @geglu_tanh.replacement
 def _(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
-
-
-def _plain_heads(
-    q: Term, k: Term, v: Term, bias: Term | None = None, mask: Term | None = None, fill: float = -torch.inf, **_: Any
-) -> str | None:
-    if any(t.shape is None or len(t.shape) != 4 or t.dtype != q.dtype for t in (q, k, v)):
-        return "queries, keys and values are not all [batch, heads, positions, dim] of one dtype"
-    if not all(known(a == b) for t in (k, v) for a, b in zip(q.shape[:2], t.shape[:2], strict=True)):
-        return "batch or heads are broadcast"
-    if not _masks(q, bias, mask):
-        return "the mask has another dtype"
-    return None if fill <= -1e30 else f"masked scores are {fill:g}, which still get weight"
-
-
-@pattern(
-    lambda dtype: (
-        *(_of(dtype, 2, 2, n, 8) for n in (5, 7, 7)),
-        0.731,
-        _of(dtype, 5, 7),
-        torch.ones(5, 7, dtype=torch.bool),
-        -7.7e31,
-    ),
-    _plain_heads,
-    cuda=_always,
-)
-def attention(q, k, v, scale, bias, mask, fill):  # type: ignore[no-untyped-def]
-    """Scaled dot-product attention spelled out, with an additive or a boolean mask, softmax in any precision."""
-    return (q @ k.transpose(-1, -2) * scale).softmax(-1) @ v
-
-
-def _attention(scaled: bool, masked: str, high: bool):  # type: ignore[no-untyped-def]
-    def search(q, k, v, scale, bias, mask, fill):  # type: ignore[no-untyped-def]
-        scores = q @ k.transpose(-1, -2)
-        scores = scores * scale if scaled else scores
-        if masked == "add":
-            scores = scores + bias
-        if masked == "fill":
-            scores = scores.masked_fill(mask, fill)
-        return scores.softmax(-1, dtype=torch.float32 if high else None).to(v.dtype) @ v
-
-    return search
-
-
-for _scaled, _masked, _high in product((True, False), ("", "add", "fill"), (False, True)):
-    attention.spelling(_attention(_scaled, _masked, _high))
-
-
-@attention.replacement
-def _(q, k, v, scale, bias, mask, fill, grouped):  # type: ignore[no-untyped-def]
-    if mask is not None:
-        bias = ~mask if fill == -torch.inf else torch.where(mask, fill, 0.0).to(q.dtype)
-    return F.scaled_dot_product_attention(
-        q, k, v, bias, scale=1.0 if scale is None else scale, enable_gqa=bool(grouped)
-    )
-
-
-@attention.preparation
-def _(bound: dict[str, Any]) -> dict[str, Any]:
-    """Repeated key and value heads are what grouped-query attention is."""
-    k, v = bound["k"], bound["v"]
-    if k.op == v.op == "repeat_heads" and k.args[1:] == v.args[1:] and k.args[2] == 1:
-        return {**bound, "k": k.args[0], "v": v.args[0], "grouped": True}
-    return bound
-
-
-def _one_query(q: Term, k: Term, v: Term, bias: Term | None = None, mask: Term | None = None, **_: Any) -> str | None:
-    if torch.is_grad_enabled() or not known(q.shape[2] == 1):
-        return "training, or more than one query for each row of the cache"
-    more = [t for t in (bias, mask) if t is not None]
-    if any(len(t.shape) != 4 or not known(t.shape[1] == 1) or not known(t.shape[2] == 1) for t in more):
-        return "the mask differs between heads"
-    if not isinstance(q.shape[1], int) or not isinstance(k.shape[1], int) or q.shape[1] // k.shape[1] > MAX_GROUP:
-        return "the number of heads varies, or too many share a key"
-    return None if q.dtype == k.dtype == v.dtype and _masks(q, bias, mask) else "unequal dtypes"
-
-
-def _masks(q: Term, bias: Term | None, mask: Term | None) -> bool:
-    """Whether an additive mask is of the queries' dtype and a boolean one boolean."""
-    return (bias is None or bias.dtype == q.dtype) and (mask is None or mask.dtype == torch.bool)
-
-
-@pattern(
-    lambda dtype: (
-        *(_of(dtype, 2, 2, n, 8) for n in (1, 7, 7)),
-        _of(dtype, 2, 1, 1, 7),
-        torch.ones(2, 1, 1, 7, dtype=torch.bool),
-        0.731,
-    ),
-    _one_query,
-    cpu=_always,
-)
-def decode_attention(q, k, v, bias, mask, scale):  # type: ignore[no-untyped-def]
-    """A query for each row of a cache. The fused kernel is made for many; written out, a key is read once for its group."""
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def _fused(masked: str, scaled: bool, grouped: bool):  # type: ignore[no-untyped-def]
-    def search(q, k, v, bias, mask, scale):  # type: ignore[no-untyped-def]
-        chosen = {"": None, "add": bias, "bool": mask}[masked]
-        factor = scale if scaled else None
-        return F.scaled_dot_product_attention(q, k, v, chosen, scale=factor, enable_gqa=grouped)
-
-    return search
-
-
-for _masked, _scaled, _grouped in product(("", "add", "bool"), (False, True), (False, True)):
-    decode_attention.spelling(_fused(_masked, _scaled, _grouped))
-
-
-@decode_attention.replacement
-def _(q, k, v, bias, mask, scale):  # type: ignore[no-untyped-def]
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    weights = []
-    for one in q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1]).unbind(2):
-        scores = (one[:, :, None].float() * k.float()).sum(-1) * factor
-        scores = scores if bias is None else scores + bias[:, :, 0]
-        scores = scores if mask is None else scores.masked_fill(~mask[:, :, 0], -torch.inf)
-        weights.append((scores - scores.amax(-1, keepdim=True)).exp())
-    out = [(one[..., None] * v.float()).sum(2) / one.sum(-1, keepdim=True) for one in weights]
-    return torch.stack(out, 2).to(q.dtype).reshape(*q.shape[:3], v.shape[-1])
 
 
 def _many_logits(x: Term, weight: Term, target: Term, bias: Term | None = None) -> str | None:
@@ -300,7 +171,7 @@ def _head(x: Term, weight: Term, target: Term, bias: Term | None = None) -> str 
 
 
 @pattern(
-    lambda dtype: (_of(dtype, 3, 8), _of(dtype, 5, 8), torch.zeros(3, dtype=torch.int64), _of(dtype, 5)),
+    lambda dtype: (of(dtype, 3, 8), of(dtype, 5, 8), torch.zeros(3, dtype=torch.int64), of(dtype, 5)),
     _head,
     cuda=_many_logits,
 )
@@ -335,7 +206,7 @@ def _rows_and_targets(x: Term, target: Term) -> str | None:
     return None if len(x.shape) == 2 and target.dtype == torch.int64 else "logits are no matrix"
 
 
-@pattern(lambda dtype: (_of(dtype, 3, 8), torch.zeros(3, dtype=torch.int64)), _rows_and_targets, cuda=_always)
+@pattern(lambda dtype: (of(dtype, 3, 8), torch.zeros(3, dtype=torch.int64)), _rows_and_targets, cuda=always)
 def cross_entropy(x: Tensor, target: Tensor) -> Tensor:
     """Mean negative log-probability of the targets."""
     return -x.log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1).mean()
@@ -382,7 +253,7 @@ def _few_bf16_rows(x: Term, weight: Term, **_: Term) -> str | None:
 
 
 @pattern(
-    lambda dtype: (_of(dtype, 3, 8), torch.ones(5, 8, dtype=torch.int8), _of(dtype, 5), _of(dtype, 5, 1)),
+    lambda dtype: (of(dtype, 3, 8), torch.ones(5, 8, dtype=torch.int8), of(dtype, 5), of(dtype, 5, 1)),
     _int8_shapes,
     cpu=_few_bf16_rows,
 )
@@ -406,11 +277,6 @@ def _(x: Tensor, weight: Tensor, scale: Tensor | None, column: Tensor) -> Tensor
     rows, factors = x.reshape(-1, x.shape[-1]), column.flatten() if scale is None else scale
     out: Tensor = torch.ops.aten._weight_int8pack_mm(rows, weight, factors).reshape(*x.shape[:-1], weight.shape[0])
     return out
-
-
-def _of(dtype: torch.dtype, *shape: int) -> Tensor:
-    """An example; its values do not matter."""
-    return torch.ones(shape, dtype=dtype, requires_grad=True)
 
 
 PATTERNS = (
