@@ -205,12 +205,34 @@ def _trace_cells(path: str, row: Document) -> list[str]:
 WIDEST_NAME = 48
 Converter = Callable[[Document], tuple[Figures, dict[str, Rows]]]
 INFERENCE = ["src/ridgeline/inference", "src/ridgeline/models", "src/ridgeline/kernels", "src/ridgeline/optimize"]
+
+
+def of_cold_start(document: Document) -> tuple[Figures, dict[str, Rows]]:
+    """From starting a process to the demo model's first output."""
+    rows = document["rows"]
+    floor = max(row["aa_floor"] for row in rows.values())
+    cold = rows["compile, cold"]["seconds"]
+    figures = {
+        "cold_start.compile": figure(cold, "s", floor),
+        "cold_start.package": figure(rows["package, cold"]["seconds"], "s", floor),
+        "cold_start.restored": figure(rows["restored, cold"]["seconds"], "s", floor),
+        "cold_start.cold_ratio": figure(document["cold_ratio"], "x", floor, ".2f"),
+        "cold_start.warm_ratio": figure(document["warm_ratio"], "x", floor, ".2f"),
+    }
+    cells = [
+        [name, f"{row['seconds']:.1f} s", f"{row['seconds'] / cold:.2f}", f"{row['aa_floor']:.1%}"]
+        for name, row in rows.items()
+    ]
+    return figures, {"cold_start": [["start", "first output after", "of a cold compile", "A/A floor"], *cells]}
+
+
 BENCHMARKS: dict[str, tuple[Converter, list[str]]] = {
     "startup": (of_startup, ["src/ridgeline/cli/main.py"]),
     "train": (of_train, [f"src/ridgeline/{room}" for room in ("train", "parallel", "models", "kernels", "compiler")]),
     "generate": (of_generate, INFERENCE),
     "traces": (of_traces, ["src/ridgeline/profiling"]),
     "serve": (of_serve, [*INFERENCE, "src/ridgeline/serving"]),
+    "cold_start": (of_cold_start, ["src/ridgeline/compiler/package", "src/ridgeline/compiler/internals/aoti.py"]),
 }
 
 if __name__ == "__main__":

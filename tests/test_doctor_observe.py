@@ -571,3 +571,14 @@ def test_versions_are_read(text: str, version: tuple[int, int]) -> None:
     with pytest.raises(UserError, match=r"the doctor needs torch 99\.0 to 99\.1, this is 2\."):
         require_torch((99, 0), (99, 1), "the doctor")
     assert require_torch((2, 0), (99, 0)) == parse_version(torch.__version__)
+
+
+def test_a_container_of_torch_nn_has_its_own_name() -> None:
+    """Dynamo puts a frame of its own around it; nobody wrote `wrap_inline`."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
+    with Observer() as observer:
+        compiled = torch.compile(model, backend="eager")
+        compiled(torch.ones(2, 4))
+    observation = observer.observation()
+    assert [one["name"] for one in observation.entries] == ["Sequential"]
+    assert {frame.function for frame in observation.frames} == {"Sequential"}

@@ -37,6 +37,8 @@ CACHE_COUNTS = {
     "autograd_misses": "aotautograd_local_cache_miss_count",
 }
 PHASES = ("dynamo", "aot", "inductor", "codegen", "backend")
+DYNAMOS_OWN_FRAME = "torch/_dynamo/external_utils.py"
+"""The file of the frame that Dynamo puts around a function it would otherwise skip, such as a container of torch.nn."""
 
 
 def assemble(raw: Raw) -> Observation:
@@ -95,14 +97,18 @@ def _entries(raw: Raw) -> list[dict[str, Any]]:
 
 def _frame(metric: dict[str, Any], raw: Raw) -> Frame:
     name, compile_id = metric.get("co_name") or "", metric["compile_id"]
+    file, line = metric.get("co_filename") or "", int(metric.get("co_firstlineno") or 0)
+    if file.endswith(DYNAMOS_OWN_FRAME) and len(raw.entries) == 1:
+        (entry,) = raw.entries.values()
+        name, file, line = entry.name, entry.file, entry.line
     forward = metric.get("is_forward") is not False
     cell = raw.clock_graphs.get(compile_id)
     guards = raw.guards.get(compile_id) if forward else None
     return Frame(
         compile_id=compile_id,
         function=original_name(name),
-        file=metric.get("co_filename") or "",
-        line=int(metric.get("co_firstlineno") or 0),
+        file=file,
+        line=line,
         resumed=resumed_line(name) is not None,
         forward=forward,
         seconds=_seconds(metric),

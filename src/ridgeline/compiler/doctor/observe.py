@@ -185,6 +185,8 @@ def _with_state(failure: Failure) -> Failure:
 def _describe(function: Callable[..., Any], backend: str) -> EntryInfo:
     """Name and place as the user wrote them: of a module its class, whose forward is meant."""
     owner = getattr(function, "__self__", None)
+    if owner is None and isinstance(wrapped := getattr(function, "__wrapped__", None), torch.nn.Module):
+        owner = wrapped  # a container of torch.nn: Dynamo puts a frame of its own around it
     target: Any = function
     name = getattr(function, "__qualname__", type(function).__name__)
     if isinstance(owner, torch.nn.Module):
