@@ -69,7 +69,7 @@ class Judge:
         module = captured.graph
         exact = reference(Functional(module), captured.inputs, {})
         eager = answer(lambda: module(*captured.inputs), leaves)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         compiled = torch.compile(module, backend=backend or self.backend, dynamic=False)
         got = answer(lambda: compiled(*captured.inputs), leaves)
         return rows([f"input {at}" for at in range(len(leaves))], exact, eager, got)

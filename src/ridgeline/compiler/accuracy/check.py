@@ -96,7 +96,7 @@ def check(
     exact = reference(target.call, target.args, target.kwargs)
     say(f"compiling with {backend}")
     with compiling(target.name):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         compiled = torch.compile(target.call, backend=compiler, dynamic=False)
         got = answer(lambda: run(compiled), leaves)
         result = Accuracy(target.name, backend, rows([name for name, _ in target.leaves()], exact, eager, got))

@@ -52,9 +52,9 @@ def capture(compile_and_run: Callable[[Callable[..., Any]], None]) -> list[Captu
 
         return run
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compile_and_run(backend)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return [one for one in found if one.inputs]
 
 

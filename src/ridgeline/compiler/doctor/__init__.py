@@ -10,6 +10,8 @@
                                   timing.py    (in the program) eager against compiled, interleaved
                                   ranks.py     the same frames on several ranks
                                   report.py    verdict, advice, JSON, budget
+                     --> fixes.py        candidates.py: settings.py and rewrites/ that may help a finding
+                                         search.py: tries them in workers.py -> worker.py, judged by proof.py and time
 
 Import from the files: those that run in the program need torch and the standard library alone.
 """
