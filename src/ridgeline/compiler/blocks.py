@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._dynamo.callback import CallbackArgs, callback_handler
-from torch._dynamo.utils import counters, get_compilation_metrics
+
+from ridgeline.compiler.internals.settings import CallbackArgs, callback_handler, counters, get_compilation_metrics
 
 if TYPE_CHECKING:
     from ridgeline.models.decoder import Decoder

@@ -48,9 +48,9 @@ def check_cache_folder() -> Path:
 
 
 def _default_folder() -> str:
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    from ridgeline.compiler.internals.settings import default_cache_folder
 
-    return str(default_cache_dir())
+    return default_cache_folder()
 
 
 def _one_line(name: str, error: BaseException) -> str:

@@ -9,7 +9,6 @@ stage by stage, to say where it goes wrong.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from ridgeline.compiler.accuracy.measure import Row, rows
 from ridgeline.compiler.accuracy.prefix import Captured, first, only, spelled
 from ridgeline.compiler.accuracy.reference import answer, reference
 from ridgeline.compiler.internals.fx_graphs import user_frames
+from ridgeline.compiler.internals.settings import inductor_options
 
 Backend = str | Callable[..., Any]
 MOST_COMPANY = 16  # operators before the guilty one that are tried with it
@@ -161,13 +161,11 @@ def _stage(small: Captured, judge: Judge) -> tuple[str, bool]:
     if judge.backend != "inductor":
         name = judge.backend if isinstance(judge.backend, str) else getattr(judge.backend, "__name__", "the backend")
         return f"backend {name}", False
-    from torch._inductor import config
-
     for name, backend, options in STAGES:
         judge.say(f"trying {name}")
-        with config.patch(options) if options else contextlib.nullcontext():
+        with inductor_options(options or {}):
             if judge.worst(small, backend) is not None:
                 return name, False
-    with config.patch({"emulate_precision_casts": True}):
+    with inductor_options({"emulate_precision_casts": True}):
         cured = judge.worst(small) is None
     return "Inductor's fusion", cured

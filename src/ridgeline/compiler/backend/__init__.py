@@ -24,6 +24,7 @@ from ridgeline.compiler.backend.match import Applied, rewrite
 from ridgeline.compiler.backend.partition import compile_with, find_engine
 from ridgeline.compiler.backend.patterns import PATTERNS
 from ridgeline.compiler.internals import graphs
+from ridgeline.compiler.internals.settings import aot_eager
 from ridgeline.errors import UserError, nearest
 
 _watchers: ContextVar[tuple[list[list[Applied]], ...]] = ContextVar("ridgeline_backend_watchers", default=())
@@ -119,9 +120,8 @@ def _tag() -> graphs.SourceTag:
 
 
 def _aot_eager(graph: GraphModule, examples: Sequence[Any], settings: dict[str, Any]) -> Callable[..., Any]:
-    from torch._dynamo.backends.debugging import aot_eager
-
-    return aot_eager(graph, list(examples))
+    compiled: Callable[..., Any] = aot_eager(graph, list(examples))
+    return compiled
 
 
 _INNER: dict[str, Callable[..., Any]] = {

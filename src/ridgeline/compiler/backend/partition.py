@@ -223,7 +223,7 @@ def dry_run(
             names[str(node.target)] = names.get(str(node.target), 0) + 1
         return graph.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.set_grad_enabled(training):
         out = torch.compile(model, backend=lambda g, ex: graphs.after_autograd(g, ex, look))(*inputs)
         if training:

@@ -28,6 +28,7 @@ from ridgeline.compiler.doctor.model import Observation
 from ridgeline.compiler.doctor.raw import EntryInfo, Raw, SeenBreak, SeenGraph, SeenRecompile
 from ridgeline.compiler.doctor.timing import Interleave, step_timing
 from ridgeline.compiler.internals.observe import Hooks, counts, current_compile_id, keep_metrics, metrics
+from ridgeline.compiler.internals.settings import suppresses_errors
 
 _COUNTED = ("inductor", "aot_autograd")
 
@@ -87,7 +88,7 @@ class Observer:
         after = counts(*_COUNTED)
         changed = {name: number - self._before.get(name, 0) for name, number in after.items()}
         raw.caches = {name: number for name, number in changed.items() if number and "cache" in name}
-        raw.suppressed = bool(torch._dynamo.config.suppress_errors)
+        raw.suppressed = suppresses_errors()
 
     # What the hooks call, in the thread that compiles.
 

@@ -38,10 +38,10 @@ def record(run: Callable[[Callable[..., Any]], None]) -> list[Frame]:
     recorder = _Recorder()
     passes = {"_pre_fusion_custom_pass": recorder.before_fusion, "_post_fusion_custom_pass": recorder.after_fusion}
     options = {"fx_graph_cache": False, "fx_graph_remote_cache": False, "trace.provenance_tracking_level": 1, **passes}
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with config.patch(options), functorch_config.patch({"enable_autograd_cache": False}):
         run(recorder.backend)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return recorder.frames
 
 

@@ -29,7 +29,9 @@ def get_option(home: str, name: str) -> Any:
     check_version("a compiler setting")
     config: Any = HOMES[home]
     if name.startswith("_") or not hasattr(config, name):
-        raise UserError(f"torch {torch.__version__} has no option {home}.{name}{nearest(name, config.get_config_copy())}")
+        raise UserError(
+            f"torch {torch.__version__} has no option {home}.{name}{nearest(name, config.get_config_copy())}"
+        )
     return getattr(config, name)
 
 
