@@ -207,6 +207,22 @@ Converter = Callable[[Document], tuple[Figures, dict[str, Rows]]]
 INFERENCE = ["src/ridgeline/inference", "src/ridgeline/models", "src/ridgeline/kernels", "src/ridgeline/optimize"]
 
 
+def of_compiler(document: Document) -> tuple[Figures, dict[str, Rows]]:
+    """Our backend against Inductor's default and eager, case by case."""
+    figures: Figures = {}
+    cells = [["case", "of Inductor's speed", "of eager's speed", "A/A floor", "of Inductor's compile time"]]
+    for row in document["rows"]:
+        if "failure" in row:
+            cells.append([row["name"], row["failure"], "", "", ""])
+            continue
+        key = "compiler." + row["name"].replace(" ", "_")
+        figures[key] = figure(row["over_inductor"], "x", row["aa_floor"], ".2f")
+        compiled = f"{row['compile']['ratio']:.2f}" if "compile" in row else "-"
+        speeds = [f"{row['over_inductor']:.2f}", f"{row['over_eager']:.2f}"]
+        cells.append([row["name"], *speeds, f"{row['aa_floor']:.1%}", compiled])
+    return figures, {"compiler": cells}
+
+
 def of_cold_start(document: Document) -> tuple[Figures, dict[str, Rows]]:
     """From starting a process to the demo model's first output."""
     rows = document["rows"]
@@ -232,6 +248,7 @@ BENCHMARKS: dict[str, tuple[Converter, list[str]]] = {
     "generate": (of_generate, INFERENCE),
     "traces": (of_traces, ["src/ridgeline/profiling"]),
     "serve": (of_serve, [*INFERENCE, "src/ridgeline/serving"]),
+    "compiler": (of_compiler, ["src/ridgeline/compiler/backend", "src/ridgeline/compiler/internals/graphs.py"]),
     "cold_start": (of_cold_start, ["src/ridgeline/compiler/package", "src/ridgeline/compiler/internals/aoti.py"]),
 }
 

@@ -263,10 +263,12 @@ def print_trials(
         return
     if any(one.fix for one in trials):
         out.print(trials_table(trials, numbers))
+    reasons: dict[tuple[str, str], list[str]] = {}  # one fix may answer several findings
     for one in trials:
-        if not one.kept and one.why:
-            number, name = numbers.get(one.finding.key, "-"), one.fix or "no fix"
-            out.print(Padding(Text(f"{number}. {name}: {one.why}", style="dim"), (0, 0, 0, 1)))
+        if one.why:
+            reasons.setdefault((one.fix or "no fix", one.why), []).append(str(numbers.get(one.finding.key, "-")))
+    for (fix, why), of in reasons.items():
+        out.print(Padding(Text(f"{', '.join(of)}. {fix}: {why}", style="dim"), (0, 0, 0, 1)))
     if trials.gain is not None:
         before, after = human_seconds(trials.gain.before_seconds), human_seconds(trials.gain.after_seconds)
         out.print(Text(f"Kept together: {before} before, {after} after.", style="bold green"))
