@@ -582,3 +582,18 @@ def test_a_container_of_torch_nn_has_its_own_name() -> None:
     observation = observer.observation()
     assert [one["name"] for one in observation.entries] == ["Sequential"]
     assert {frame.function for frame in observation.frames} == {"Sequential"}
+
+
+def test_a_break_in_pythons_own_library_is_put_where_it_was_called() -> None:
+    """`logging.warning` breaks inside logging; the line to look at is the one that logs."""
+
+    def report(x: Any) -> Any:
+        y = x + 1
+        logging.warning("a line")
+        return y * 2
+
+    with Observer() as observer:
+        torch.compile(report, backend="eager")(torch.ones(2))
+    (found,) = [one for one in observer.observation().findings if one.kind == "graph_break"]
+    assert (found.file, found.code) == (HERE, 'logging.warning("a line")')
+    assert "logging" in found.reason and found.function.endswith("report")

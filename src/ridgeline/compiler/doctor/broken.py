@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sysconfig
 from collections import defaultdict
 
-from ridgeline.compiler.doctor.breaks import code_line
+from ridgeline.compiler.doctor.breaks import Break, code_line
 from ridgeline.compiler.doctor.model import Finding
 from ridgeline.compiler.doctor.raw import Raw, SeenBreak
+
+STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
 def break_findings(raw: Raw) -> list[Finding]:
@@ -62,13 +65,16 @@ def _break(raw: Raw, group: list[SeenBreak], owners: dict[tuple[int, str], int],
     if skipped:
         reason += f" ({first.because or 'cannot resume'}: the whole function runs in eager)"
     tracing = sum(restarts.get(seen.compile_id, 0.0) for seen in group)
+    file, line, function = _users_place(first)
+    if file != first.file:
+        reason += f" (inside {first.function}, {first.file}:{first.line})"
     return Finding(
         "graph_break",
-        first.file,
-        first.line,
-        code_line(first.file, first.line),
+        file,
+        line,
+        code_line(file, line),
         reason,
-        first.function,
+        function,
         count=len(group),
         calls=max(calls.values()),
         lost_seconds=gap + tracing,
@@ -82,6 +88,21 @@ def _break(raw: Raw, group: list[SeenBreak], owners: dict[tuple[int, str], int],
             "compile_seconds": tracing,
         },
     )
+
+
+def _users_place(found: Break) -> tuple[str, int, str]:
+    """File, line and function of the break; of one in Python's own library the line that called it."""
+    if _in_library(found.file):
+        for frame in reversed(found.stack):
+            place, _, function = frame.rpartition(" in ")
+            file, _, line = place.rpartition(":")
+            if not _in_library(file) and "/compiler/doctor/" not in file and line.isdigit():
+                return file, int(line), function
+    return found.file, found.line, found.function
+
+
+def _in_library(file: str) -> bool:
+    return file.startswith(STANDARD_LIBRARY) and "/site-packages/" not in file
 
 
 def _gap(raw: Raw, entry: int, graph: str) -> tuple[int, float]:
