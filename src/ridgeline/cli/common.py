@@ -34,6 +34,21 @@ def new_app(help_text: str) -> typer.Typer:
     )
 
 
+@contextlib.contextmanager
+def progress_line() -> Iterator[Callable[[str], None]]:
+    """What runs now, on stderr: one line that changes on a terminal, one line each elsewhere."""
+    stderr = Console(stderr=True, highlight=False)
+    if not stderr.is_terminal:
+        yield lambda line: stderr.print(line, soft_wrap=True, markup=False)
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task("starting")
+        yield lambda line: bar.update(task, description=line)
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: unwinds as Ctrl-C does, so that runs are closed and children ended."""
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from ridgeline.cli.common import JSON_OPTION, RUNS_OPTION, console, emit, new_app, verb
+from ridgeline.cli.common import JSON_OPTION, RUNS_OPTION, console, emit, new_app, progress_line, verb
 from ridgeline.cli.units import human_seconds
 from ridgeline.errors import JobError, UserError
 
@@ -83,7 +82,7 @@ def doctor(
     config = {"command": list(chosen.command), "compile": list(compile_path), "backend": backend}
     out = console(as_json)
     with Run.create("doctor", chosen.name, config=config, root=runs) as run:
-        with _progress() as say:
+        with progress_line() as say:
             timing = not (check or no_timing)
             observation = diagnose(chosen, run.artifact("runs"), plan, timing=timing, say=say)
         if not as_json:
@@ -108,7 +107,7 @@ def _fix(target: Any, observation: Any, run: Any, plan: Any) -> Any:
     """Try the fixes; their processes' logs stay in the run."""
     from ridgeline.compiler.doctor.fixes import try_fixes
 
-    with _progress() as say:
+    with progress_line() as say:
         folder = run.artifact("trials")
         return try_fixes(target, observation, progress=say, folder=folder, timeout=plan.timeout, backend=plan.backend)
 
@@ -128,21 +127,6 @@ def _keep(trials: Any, run: Any, edit: bool) -> list[str]:
 
 
 SUMMARY = ("graphs", "breaks", "recompiles", "fallbacks", "compile_seconds", "steps", "step_seconds", "lost_seconds")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """What runs now, on stderr: one line that changes on a terminal, one line each elsewhere."""
-    stderr = Console(stderr=True, highlight=False)
-    if not stderr.is_terminal:
-        yield lambda line: stderr.print(line, soft_wrap=True, markup=False)
-        return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True) as bar:
-        task = bar.add_task("starting")
-        yield lambda line: bar.update(task, description=line)
 
 
 def print_observation(out: Console, observation: Any, name: str, top: int) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ridgeline.cli.common import JSON_OPTION, RUNS_OPTION, console, emit, new_app, verb
+from ridgeline.cli.common import JSON_OPTION, RUNS_OPTION, console, emit, new_app, progress_line, verb
 from ridgeline.cli.units import human_bytes, human_seconds
 from ridgeline.errors import UserError
 
@@ -61,7 +59,7 @@ def improve(
         raise UserError("improve: nothing to run: give a configuration, a run, or a command after --")
     given = parse_load(load) if load is not None else None
     aim = served_model(target, runs) or target
-    with _progress() as say:
+    with progress_line() as say:
         plan = Plan(warmup, steps, timeout)
         answer = improve_job(aim, load=given, plan=plan, rounds=rounds, top=top, knob=knob, runs_root=runs, say=say)
     if as_json:
@@ -111,21 +109,6 @@ def _print_scores(target: list[str] | None, runs: Path | None, as_json: bool) ->
     out = console()
     out.print(shown)
     out.print("means over measured knobs; off by: how far the gain lies outside of the predicted interval", style="dim")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """What runs now, on stderr: one line that changes on a terminal, one line each elsewhere."""
-    stderr = Console(stderr=True, highlight=False)
-    if not stderr.is_terminal:
-        yield lambda line: stderr.print(line, soft_wrap=True, markup=False)
-        return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True) as bar:
-        task = bar.add_task("starting")
-        yield lambda line: bar.update(task, description=line)
 
 
 def print_answer(out: Console, answer: Any) -> None:
