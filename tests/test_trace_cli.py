@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +222,54 @@ def test_export_for_perfetto_and_parquet(pair: Path, tmp_path: Path) -> None:
     written = document("export", pair, "--out", tmp_path / "tables")["files"]
     assert {Path(one).stem for one in written} == set(frames())
     assert pl.read_parquet(tmp_path / "tables" / "temporal.parquet")["span_ns"].to_list() == [30_000_000] * 2
+
+
+@pytest.mark.parametrize("verb", ["summary", "explain", "kernels", "idle", "critical-path", "tree", "roofline", "diff"])
+def test_names_in_brackets_are_names(tmp_path: Path, verb: str) -> None:
+    """ROCm's kernels end in ``[clone .kd]``, and a range may bear any name: none of it is markup of the terminal."""
+    names = ["Cijk_Ailk [clone .kd]", "[/bold]closed", "odd[red]"]
+    events = []
+    for at, name in enumerate(names):
+        ids = {"correlation": at + 1, "device": 0, "stream": 7}
+        events += [
+            event(name, 10 + 100 * at, 50),
+            event("cudaLaunchKernel", 20 + 100 * at, 5, "cuda_runtime", correlation=at + 1),
+            event(name, 60 + 100 * at, 30, "kernel", 7, **ids),
+        ]
+    file = tmp_path / "odd[red].json"
+    file.write_text(json.dumps({"traceEvents": [*events, event("odd[/row]", 400, 9, "kind[/x]", 9, stream=9)]}))
+    done = trace(verb, file, *([file, "--by", "kernel"] if verb == "diff" else []))
+    assert done.returncode == 0, done.stderr[-500:]
+    if verb in ("kernels", "critical-path", "tree"):
+        assert all(name in done.stdout for name in names), done.stdout
+
+
+def test_no_output_takes_the_place_of_a_trace_or_a_device(tmp_path: Path) -> None:
+    """Writing beside and renaming would replace both without a word; nothing may be left beside them either."""
+    pair = tmp_path / "pair"
+    pair.mkdir()
+    rank_file(pair, 0, 0)
+    rank_file(pair, 1, 3_000)
+    link, pipe = tmp_path / "link.json.gz", tmp_path / "pipe.json"
+    os.link(pair / "rank1.json.gz", link)
+    os.link(pair / "rank1.json.gz", pair / "new.rank1.json.gz")  # what an export of both as new.json.gz would write
+    os.mkfifo(pipe)
+    before = {file: file.read_bytes() for file in pair.iterdir()}
+    for verb, source, out, words in [
+        ("export", pair / "rank1.json.gz", pair / "rank1.json.gz", "is the trace itself"),
+        ("report", pair / "rank1.json.gz", link, "is the trace itself"),
+        ("export", pair / "rank[01].json.gz", pair / "new.json.gz", "is the trace itself"),
+        ("export", pair, pipe, "is no regular file"),
+        ("report", pair, pipe, "is no regular file"),
+        ("report", pair, tmp_path, "is a folder"),
+        ("report", pair, tmp_path / "none" / "page.html", "no folder"),
+    ]:
+        # several ranks get names of their own, so the pipe bears the one of a rank
+        source = pair / "rank0.json.gz" if out == pipe else source
+        done = trace(verb, source, "--out", out)
+        assert done.returncode == 2 and words in done.stderr, (verb, out, done.stderr)
+    assert {file: file.read_bytes() for file in pair.iterdir()} == before
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and not (tmp_path / "none").exists()
 
 
 def test_the_report_holds_what_the_analyses_found(pair: Path, tmp_path: Path) -> None:

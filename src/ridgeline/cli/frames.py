@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ridgeline.cli.units import human_bytes, human_rate, human_seconds
 
@@ -47,7 +48,7 @@ def frame_table(frame: pl.DataFrame, title: str, columns: Sequence[str] | None =
             title, justify="right" if number else "left", no_wrap=True, overflow="ellipsis", min_width=least
         )
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # a kernel's `[clone .kd]` is a name and no markup
     return table
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ridgeline.cli.common import JSON_OPTION, RUNS_OPTION, console, emit, new_app, verb
 from ridgeline.cli.units import human_seconds
@@ -66,7 +67,7 @@ def print_profile(out: Console, result: Any, ops: int = 8) -> None:
     if ops:
         out.print(ops_table(breakdown, ops))
     for line in remarks(breakdown):
-        out.print(f"- {line}", style="dim", soft_wrap=True)
+        out.print(f"- {line}", style="dim", soft_wrap=True, markup=False)
     out.print(f"\n[bold]{result.verdict.line}[/bold]", soft_wrap=True)
     if result.run is not None:
         out.print(f"run {result.run.path}", soft_wrap=True)
@@ -107,7 +108,7 @@ def ops_table(breakdown: Any, limit: int) -> Table:
     steps = max(len(rank.steps), 1)
     for row in rank.top_ops[:limit]:
         calls = f"{row.count / steps:.4g}"
-        table.add_row(row.name[:44], calls, human_seconds(row.self_ns / steps / 1e9), f"{row.share:.1%}")
+        table.add_row(Text(row.name[:44]), calls, human_seconds(row.self_ns / steps / 1e9), f"{row.share:.1%}")
     return table
 
 

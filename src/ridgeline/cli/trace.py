@@ -290,7 +290,7 @@ def roofline(
         return
     show(found, "Roofline, the longest first", top, False, why, names)
     for line in remarks:
-        console().print(f"- {line}", style="dim", soft_wrap=True)
+        console().print(f"- {line}", style="dim", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -358,7 +358,7 @@ def export(
         emit({"files": [str(file) for file in written]})
         return
     for file in written:
-        console().print(f"wrote {file}", soft_wrap=True)
+        console().print(f"wrote {file}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -371,16 +371,19 @@ def report(
 ) -> None:
     """One self-contained page: timeline, breakdown, communication, call tree, roofline, memory."""
     from ridgeline.profiling.dump import report_sections
+    from ridgeline.profiling.output import check_output
     from ridgeline.report.trace_page import write_trace_report
 
+    check_output("trace report", out, ())  # before the work; the page's writer knows the traces too
     trace, limits = load(path, stacks=True), measured(here)
+    check_output("trace report", out, [table.meta.source for table in trace.tables.values()])
     with console(True).status("analysing"):
         sections = report_sections(trace, limits)
         write_trace_report(list(trace.tables.values()), out, f"Trace {Path(path).name}", sections)
     if as_json:
         emit({"report": str(out)})
     else:
-        console().print(f"wrote {out}", soft_wrap=True)
+        console().print(f"wrote {out}", soft_wrap=True, markup=False)
 
 
 for _verb in (memory, flow):

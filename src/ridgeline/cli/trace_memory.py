@@ -51,7 +51,7 @@ def flow(
         emit({"summary": summary, "findings": findings.to_dicts(), "tensors": tensors.to_dicts(), "why_not_all": why})
         return
     if why:
-        console().print(why, soft_wrap=True)
+        console().print(why, soft_wrap=True, markup=False)
     if tensors.is_empty():
         return
     show(flow_summary(tensors), "Tensors by role", 100, False)
@@ -72,7 +72,7 @@ def _snapshot(path: str, top: int, as_json: bool) -> None:
         return
     show(peak, "What the peak is made of", top, False, why_no_history(found) or "no allocation")
     for sentence in report.sentences if report else ():
-        console().print(f"- {sentence}", soft_wrap=True)
+        console().print(f"- {sentence}", soft_wrap=True, markup=False)
 
 
 def _flow(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.markup import escape
 
 from ridgeline.cli.common import console, emit, say
 from ridgeline.cli.frames import print_frame
@@ -81,7 +82,7 @@ def print_stragglers(trace: Trace, step: int | None) -> None:
         columns = ["rank", "caused_wait_ns", "count", "matched", "per_step_ns", "op", "operator", "evidence"]
         print_frame(found.frame, "Ranks that made others wait", columns)
     if len(trace.tables) > 1 or not found.possible:
-        console().print(found.verdict, soft_wrap=True)
+        console().print(found.verdict, soft_wrap=True, markup=False)
 
 
 def print_integrity(defects: Sequence[dict[str, Any]]) -> None:
@@ -92,7 +93,7 @@ def print_integrity(defects: Sequence[dict[str, Any]]) -> None:
     for one in defects:
         where = "" if one["rank"] is None else f"rank {one['rank']}: "
         unsafe = f" [yellow]unsafe: {', '.join(one['unsafe'])}[/yellow]" if one["unsafe"] else ""
-        out.print(f"integrity: {where}{one['message']}{unsafe}", soft_wrap=True)
+        out.print(f"integrity: {where}{escape(one['message'])}{unsafe}", soft_wrap=True)
 
 
 def print_ranks(rows: Sequence[dict[str, Any]], step: int | None) -> None:
@@ -113,12 +114,15 @@ def print_findings(findings: Sequence[dict[str, Any]], top: int) -> None:
         out.print("no finding: nothing we know is predicted to save time")
     for at, one in enumerate(findings[:top], 1):
         low, high = one["gain_seconds"]
-        knob = f" Try {one['knob']}: saves {low:.4f} to {high:.4f} s {one['per']}." if one["knob"] else " No knob."
+        knob = (
+            f" Try {escape(one['knob'])}: saves {low:.4f} to {high:.4f} s {one['per']}." if one["knob"] else " No knob."
+        )
         unsafe = f" [yellow]Unsafe: {', '.join(one['unsafe'])}.[/yellow]" if one["unsafe"] else ""
         out.print(
-            f"{at}. [bold]{one['title']}[/bold]: {one['seconds']:.4f} s {one['per']}.{knob}{unsafe}", soft_wrap=True
+            f"{at}. [bold]{escape(one['title'])}[/bold]: {one['seconds']:.4f} s {one['per']}.{knob}{unsafe}",
+            soft_wrap=True,
         )
-        out.print(f"   {one['evidence']}", style="dim", soft_wrap=True)
+        out.print(f"   {one['evidence']}", style="dim", soft_wrap=True, markup=False)
 
 
 def print_flow_findings(findings: pl.DataFrame, top: int, least: int) -> None:
@@ -130,10 +134,10 @@ def print_flow_findings(findings: pl.DataFrame, top: int, least: int) -> None:
         where = f" on rank {one['rank']}" if "rank" in one else ""
         size = f"{one['count']} tensors, {human_bytes(one['bytes'])}"
         out.print(
-            f"{at}. [bold]{one['finding']}[/bold]{where}, {one['operator']}: {size}. Try: {one['knob']}.",
+            f"{at}. [bold]{one['finding']}[/bold]{where}, {escape(one['operator'])}: {size}. Try: {one['knob']}.",
             soft_wrap=True,
         )
-        out.print(f"   the largest: {one['evidence']}", style="dim", soft_wrap=True)
+        out.print(f"   the largest: {one['evidence']}", style="dim", soft_wrap=True, markup=False)
 
 
 def show(
@@ -148,7 +152,7 @@ def show(
     if as_json:
         emit({"rows": frame.to_dicts(), "why_empty": why if frame.is_empty() else None})
     elif frame.is_empty():
-        console().print(why or "nothing to show")
+        console().print(why or "nothing to show", markup=False)
     else:
         print_frame(frame, title, columns, top)
 

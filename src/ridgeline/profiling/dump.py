@@ -12,6 +12,7 @@ from ridgeline.errors import UserError
 from ridgeline.profiling.analyses.overlays import waiting_and_transfer
 from ridgeline.profiling.explain import explain
 from ridgeline.profiling.export import annotate, to_parquet
+from ridgeline.profiling.output import check_output
 from ridgeline.profiling.summary import rank_rows
 from ridgeline.profiling.trace import Trace, analysis
 from ridgeline.profiling.trust import defects
@@ -55,17 +56,26 @@ def to_perfetto(trace: Trace, out: Path) -> list[Path]:
     """The trace of one rank as Chrome JSON with its critical path, idle gaps and collectives as tracks of their own.
 
     Several ranks get a file each, ``NAME.rankN.json``.
+
+    Raises:
+        UserError: one of the files is a trace that was read, or cannot be written.
     """
     written, together = [], None
+    files = {rank: out.with_name(_file_name(trace, out, rank)) for rank in trace.tables}
+    for file in files.values():
+        check_output("trace export", file, [table.meta.source for table in trace.tables.values()])
     if len(trace.tables) > 1:
         together = waiting_and_transfer(trace.match_collectives())
     for rank in trace.tables:
         one = trace.only(rank)
-        name = out.name if len(trace.tables) == 1 else out.name.replace(".json", f".rank{rank}.json", 1)
         tracks = {"idle": one.idle_gaps(top=1000), "collectives": one.collectives() if together is None else together}
         filled = {title: frame for title, frame in tracks.items() if not frame.is_empty()}
-        written.append(annotate(one.tables[rank], out.with_name(name), filled, one.critical_path()))
+        written.append(annotate(one.tables[rank], files[rank], filled, one.critical_path()))
     return written
+
+
+def _file_name(trace: Trace, out: Path, rank: int) -> str:
+    return out.name if len(trace.tables) == 1 else out.name.replace(".json", f".rank{rank}.json", 1)
 
 
 def frames() -> dict[str, Callable[[Trace], pl.DataFrame]]:

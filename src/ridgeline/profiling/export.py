@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +26,7 @@ from ridgeline.errors import UserError
 from ridgeline.profiling.analyses.critical_path import critical_path
 from ridgeline.profiling.classify import launches
 from ridgeline.profiling.load import load_table
+from ridgeline.profiling.output import Replacing, check_output
 from ridgeline.profiling.table import Kind, TraceTable
 
 CRITICAL_PATH = "critical path"
@@ -65,12 +65,11 @@ def annotate(
             that it visits. Of frames with a ``rank`` column the rows of the table's rank are drawn.
 
     Raises:
-        UserError: the source cannot be read, ``out`` is the source, or a frame lacks its times.
+        UserError: the source cannot be read, ``out`` is the source or no file, or a frame lacks its times.
     """
     target = Path(out)
+    check_output("export", target, [source.meta.source if isinstance(source, TraceTable) else source])
     if not isinstance(source, TraceTable):
-        if target.exists() and target.samefile(source):
-            raise UserError(f"export {target}: is the trace itself; name another file")
         source = load_table(source, stacks=True)
     segments = _path_of(source) if path is None else _of_rank(path, source)
     findings = {CRITICAL_PATH: segments, **(tracks or {})}
@@ -83,7 +82,7 @@ def to_parquet(table: TraceTable | pl.DataFrame, path: str | Path) -> Path:
     """Write a table (its columns, names spelled out, arguments as JSON text) or a result frame as Parquet."""
     target = Path(path)
     frame = to_frame(table) if isinstance(table, TraceTable) else table
-    with _replacing(target) as partial:
+    with Replacing(target) as partial:
         frame.write_parquet(partial.path)
     return target
 
@@ -370,27 +369,8 @@ def _instant(name: str, place: tuple[int, int], moment: int) -> bytes:
     return f'{head},"ts":{_micro(moment)}}}'.encode()
 
 
-class _replacing:
-    """A temporary file beside ``target`` that takes its place when all went well, and is removed otherwise."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.path = target.with_name(f".{target.name}.{os.getpid()}.partial")
-
-    def __enter__(self) -> _replacing:
-        if not self.target.parent.is_dir():
-            raise UserError(f"export {self.target}: no folder {self.target.parent}")
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            os.replace(self.path, self.target)
-        else:
-            self.path.unlink(missing_ok=True)
-
-
 def _write(target: Path, pieces: Iterable[bytes]) -> None:
-    with _replacing(target) as partial:
+    with Replacing(target) as partial:
         if target.suffix == ".gz":
             # No name and no time inside: equal traces give equal files.
             with open(partial.path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, 0) as file:

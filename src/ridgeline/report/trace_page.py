@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ridgeline.errors import UserError
+from ridgeline.profiling.output import check_output
 from ridgeline.profiling.table import TraceTable
 from ridgeline.report.page import Section, esc, number, render_page, seconds
 from ridgeline.report.trace import blocks, plots
@@ -83,6 +84,7 @@ def write_trace_report(
     Raises:
         UserError: no table, or none with a timed event.
     """
+    check_output("trace report", out, [table.meta.source for table in tables])
     tables = [table for table in tables if len(table)]
     if not tables:
         raise UserError("trace report: no timed event in any of the traces")
