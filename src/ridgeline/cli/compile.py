@@ -250,12 +250,13 @@ def kernel_table(kernels: list[Any], device: str, most: int = 12) -> Table:
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("kernel", no_wrap=True)
     for name in ("moves", "FLOP", "FLOP/B", "at best"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("bound by", no_wrap=True)
-    table.add_column("from", no_wrap=True, min_width=12)
+    table.add_column("bound", no_wrap=True)
+    table.add_column("from", overflow="fold", min_width=12)
     for one in sorted(kernels, key=lambda kernel: -(kernel.floor_seconds or 0.0))[:most]:
         place = f"{Path(one.sources[0]['file']).name}:{one.sources[0]['line']}" if one.sources else "-"
         intensity = "-" if one.intensity is None else f"{one.intensity:.3g}"
