@@ -332,6 +332,12 @@ def test_torchs_own_execution_trace(tmp_path: Path) -> None:
             optimizer.zero_grad()
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     nodes, table = load_execution_trace(tmp_path / "et.json"), load_table(tmp_path / "trace.json")
+    assert why_empty(nodes, table) is None and why_empty(nodes[: len(nodes) // 2], table) is None
+    for other in (  # a capture whose calls bear the same numbers, and one whose numbers are past ours
+        [msgspec.structs.replace(one, name=f"other::{one.name}") for one in nodes],
+        [msgspec.structs.replace(one, attrs=[type(one.attrs[0])("rf_id", 10**9 + one.id)]) for one in nodes],
+    ):
+        assert "is not of this capture" in (why_empty(other, table) or "")
     frame = tensor_flow(nodes, table)
     sizes = sorted(4 * one.numel() for one in model.parameters())
     of_role = {name: frame.filter(pl.col("role") == name) for name in ROLES}

@@ -261,12 +261,13 @@ def test_no_output_takes_the_place_of_a_trace_or_a_device(tmp_path: Path) -> Non
         ("export", pair / "rank[01].json.gz", pair / "new.json.gz", "is the trace itself"),
         ("export", pair, pipe, "is no regular file"),
         ("report", pair, pipe, "is no regular file"),
+        ("summary", pipe, None, "neither a file nor a folder"),
         ("report", pair, tmp_path, "is a folder"),
         ("report", pair, tmp_path / "none" / "page.html", "no folder"),
     ]:
         # several ranks get names of their own, so the pipe bears the one of a rank
         source = pair / "rank0.json.gz" if out == pipe else source
-        done = trace(verb, source, "--out", out)
+        done = trace(verb, source, *(["--out", out] if out else []))
         assert done.returncode == 2 and words in done.stderr, (verb, out, done.stderr)
     assert {file: file.read_bytes() for file in pair.iterdir()} == before
     assert stat.S_ISFIFO(pipe.stat().st_mode) and not (tmp_path / "none").exists()

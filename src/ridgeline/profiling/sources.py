@@ -40,6 +40,8 @@ def find_traces(where: str | Path | Sequence[str | Path]) -> list[Path]:
         if not found:
             raise UserError(f"trace folder {path}: holds no .json, .json.gz or .json.zst file")
         return found
+    if path.exists():
+        raise UserError(f"trace {path}: neither a file nor a folder; a trace is read more than once, so save it first")
     if not glob.has_magic(str(path)):
         raise UserError(f"trace {path}: no such file or folder")
     found = sorted(Path(one) for one in glob.glob(str(path), recursive=True) if os.path.isfile(one))

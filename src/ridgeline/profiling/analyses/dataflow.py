@@ -134,9 +134,10 @@ def flow_summary(flow: pl.DataFrame) -> pl.DataFrame:
 
 
 def why_empty(nodes: Sequence[Node] | None, table: TraceTable | None) -> str | None:
-    """Why there is no data flow, or why readers are not known; None when all is."""
+    """Why there is no data flow, why readers or times are not known, or that the two files do not belong together; None
+    when all is known."""
     if nodes is not None:
-        return None
+        return None if table is None else _why_apart(nodes, table)
     missing = why_no_memory(table) if table is not None else "no trace was given"
     if missing:
         return f"{missing}; and no execution trace (torch.profiler.ExecutionTraceObserver) says who read what"
@@ -147,20 +148,38 @@ class _FunctionId(msgspec.Struct, gc=False):
     id: Any = msgspec.field(name="Record function id", default=None)
 
 
+def _why_apart(nodes: Sequence[Node], table: TraceTable) -> str | None:
+    """Whether an execution trace is of another capture: its calls have numbers, and the trace other names for them.
+
+    It may begin before the trace and end after it, so calls that only one of them knows say nothing by themselves."""
+    known, numbered = _numbered(table), [node for node in nodes if node.attribute("rf_id")]
+    both = [node for node in numbered if node.attribute("rf_id") in known]
+    same = len(_rows_of(both, table))
+    if not numbered or (both and 2 * same >= len(both)):
+        return None
+    agree = f"{same} of {len(numbered)} numbered calls agree with the trace"
+    return f"the execution trace is not of this capture: {agree}; times and releases are not known"
+
+
 def _rows_of(nodes: Sequence[Node], table: TraceTable) -> dict[int, int]:
     """Node id -> row of the same call in the profiler's trace."""
-    rows = np.flatnonzero(table.is_kind(Kind.CPU_OP, Kind.ANNOTATION))
-    known = {
-        one.id: row
-        for row, one in zip(rows.tolist(), table.decode(rows, _FunctionId), strict=True)
-        if one is not None and isinstance(one.id, int) and one.id > 0
-    }
+    known = _numbered(table)
     found = {}
     for node in nodes:
         row = known.get(node.attribute("rf_id"))
         if row is not None and table.names[table.name[row]] == node.name:
             found[node.id] = row
     return found
+
+
+def _numbered(table: TraceTable) -> dict[int, int]:
+    """Number of a recorded call -> its row."""
+    rows = np.flatnonzero(table.is_kind(Kind.CPU_OP, Kind.ANNOTATION))
+    return {
+        one.id: row
+        for row, one in zip(rows.tolist(), table.decode(rows, _FunctionId), strict=True)
+        if one is not None and isinstance(one.id, int) and one.id > 0
+    }
 
 
 def _timed(flow: Flow, table: TraceTable | None) -> Flow:
