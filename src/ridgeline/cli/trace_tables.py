@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from ridgeline.cli.common import console, emit, say
 from ridgeline.cli.frames import print_frame
-from ridgeline.cli.units import human_bytes
+from ridgeline.cli.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     import polars as pl
@@ -36,9 +36,9 @@ def load(path: str, stacks: bool = False, roles: Path | None = None) -> Trace:
 
     from ridgeline.profiling.trace import Trace
 
-    with Progress(
-        "reading", BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console(True), transient=True
-    ) as bar:
+    err = console(True)
+    columns = ("reading", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("read", total=None)
         trace = Trace.load(
             located(path),
@@ -115,11 +115,13 @@ def print_findings(findings: Sequence[dict[str, Any]], top: int) -> None:
     for at, one in enumerate(findings[:top], 1):
         low, high = one["gain_seconds"]
         knob = (
-            f" Try {escape(one['knob'])}: saves {low:.4f} to {high:.4f} s {one['per']}." if one["knob"] else " No knob."
+            f" Try {escape(one['knob'])}: saves {human_seconds(low)} to {human_seconds(high)} {one['per']}."
+            if one["knob"]
+            else " No knob."
         )
         unsafe = f" [yellow]Unsafe: {', '.join(one['unsafe'])}.[/yellow]" if one["unsafe"] else ""
         out.print(
-            f"{at}. [bold]{escape(one['title'])}[/bold]: {one['seconds']:.4f} s {one['per']}.{knob}{unsafe}",
+            f"{at}. [bold]{escape(one['title'])}[/bold]: {human_seconds(one['seconds'])} {one['per']}.{knob}{unsafe}",
             soft_wrap=True,
         )
         out.print(f"   {one['evidence']}", style="dim", soft_wrap=True, markup=False)
