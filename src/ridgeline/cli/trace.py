@@ -361,6 +361,12 @@ def export(
         console().print(f"wrote {file}", soft_wrap=True, markup=False)
 
 
+def _title(path: str) -> str:
+    """The name of the file or folder; of a pattern the folder it looks in."""
+    file = Path(path).resolve()
+    return file.parent.name if any(mark in file.name for mark in "*?[") and not file.exists() else file.name
+
+
 @app.command()
 @verb
 def report(
@@ -379,7 +385,7 @@ def report(
     check_output("trace report", out, [table.meta.source for table in trace.tables.values()])
     with console(True).status("analysing"):
         sections = report_sections(trace, limits)
-        write_trace_report(list(trace.tables.values()), out, f"Trace {Path(path).name}", sections)
+        write_trace_report(list(trace.tables.values()), out, f"Trace {_title(path)}", sections)
     if as_json:
         emit({"report": str(out)})
     else:
