@@ -65,10 +65,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ignore_index: int,
         with_grad: bool,
     ) -> Tensor:
-        chunk = _chunk_rows(hidden.shape[0], weight.shape[0])
+        chunk = chunk_rows(hidden.shape[0], weight.shape[0])
         if not with_grad:
-            return _loss_only(hidden, weight, bias, targets, ignore_index, chunk)
-        loss, d_hidden, d_weight, d_bias = _loss_and_gradients(hidden, weight, bias, targets, ignore_index, chunk)
+            return loss_only(hidden, weight, bias, targets, ignore_index, chunk)
+        loss, d_hidden, d_weight, d_bias = loss_and_gradients(hidden, weight, bias, targets, ignore_index, chunk)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         return loss
 
@@ -81,7 +81,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden * scale.to(d_hidden.dtype), d_weight * scale.to(d_weight.dtype), scaled_bias, None, None, None
 
 
-def _chunk_rows(rows: int, vocab: int) -> int:
+def chunk_rows(rows: int, vocab: int) -> int:
+    """Rows of logits that are held at a time, between 1 and ``rows``."""
     return max(1, min(rows, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab)))
 
 
@@ -93,9 +94,10 @@ def _log_probabilities(logits: Tensor, targets: Tensor, ignore_index: int) -> tu
     return log_p, log_p.gather(-1, safe), counted, safe
 
 
-def _loss_only(
+def loss_only(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int, chunk: int
 ) -> Tensor:
+    """Loss in fp32, summed over counted rows, ``chunk`` rows of ``hidden`` ``[rows, hidden]`` at a time; no autograd of its own."""
     loss = hidden.new_zeros((), dtype=torch.float32)
     for rows, target in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
         _, chosen, counted, _ = _log_probabilities(F.linear(rows, weight, bias), target, ignore_index)
@@ -114,9 +116,10 @@ def _loss_and_d_logits(logits: Tensor, targets: Tensor, ignore_index: int) -> tu
     return loss, torch.where(counted, gradient, 0.0).to(logits.dtype)
 
 
-def _loss_and_gradients(
+def loss_and_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The summed loss and its gradients of hidden ``[rows, hidden]``, weight ``[vocab, hidden]`` and bias, in one pass."""
     loss = hidden.new_zeros((), dtype=torch.float32)
     d_weight = torch.zeros_like(weight, dtype=torch.float32)
     d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)

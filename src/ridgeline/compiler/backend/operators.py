@@ -69,11 +69,11 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean loss of ``x`` ``[rows, dim]`` against ``target`` ``[rows]``, and its gradients (empty unless ``with_grad``)."""
     ignored = -100
-    chunk, counted = kernel._chunk_rows(x.shape[0], weight.shape[0]), (target != ignored).sum()
+    chunk, counted = kernel.chunk_rows(x.shape[0], weight.shape[0]), (target != ignored).sum()
     if not with_grad:
-        loss = kernel._loss_only(x, weight, bias, target, ignored, chunk) / counted
+        loss = kernel.loss_only(x, weight, bias, target, ignored, chunk) / counted
         return loss, x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    loss, d_x, d_weight, d_bias = kernel._loss_and_gradients(x, weight, bias, target, ignored, chunk)
+    loss, d_x, d_weight, d_bias = kernel.loss_and_gradients(x, weight, bias, target, ignored, chunk)
     return loss / counted, d_x / counted, d_weight / counted, x.new_empty(0) if d_bias is None else d_bias / counted
 
 
