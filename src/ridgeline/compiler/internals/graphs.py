@@ -95,14 +95,14 @@ class SourceTag(CustomGraphPass):
     """Does nothing to a graph, but puts the hash of our source into the key of Inductor's cache, which spans restarts."""
 
     def __init__(self, folder: Path) -> None:
-        files = sorted(folder.rglob("*.py"))
+        files = [Path(__file__), *sorted(folder.rglob("*.py"))]
         self._uuid = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         """Leave ``graph`` as it is."""
 
     def uuid(self) -> str:
-        """The hash of every Python file below the folder."""
+        """The hash of every Python file below the folder, and of this one."""
         return self._uuid
 
 
