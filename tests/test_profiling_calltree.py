@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ridgeline.profiling import nesting
@@ -188,6 +189,7 @@ def in_pieces(table, rows=1):
 spans = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 40), st.integers(0, 15)), max_size=12, unique=True)
 
 
+@example([("a", 1, 4), ("a", 2, 1), ("a", 3, 0), ("a", 4, 1), ("b", 0, 2)], 0, random.Random(0))
 @given(spans, st.integers(-1_000, 1_000), st.randoms())
 def test_any_events_sum_and_neither_order_nor_clock_matters(raw, shift, shuffled):
     """Overlapping events too: exclusive times are never negative and sum to the roots."""

@@ -124,7 +124,8 @@ def _pieces(nesting: Nesting) -> Iterator[_Piece]:
     table = nesting.table
     for thread in distinct(table.thread):
         rows = row_numbers(nesting.chosen & (table.thread == thread))
-        roots = np.flatnonzero(nesting.depth[rows] == 0)
+        # An event without length may stand alone between a caller and its calls when these overlap: no place to cut.
+        roots = np.flatnonzero((nesting.depth[rows] == 0) & (table.end[rows] > table.start[rows]))
         wanted = np.searchsorted(roots, np.arange(_AT_ONCE, rows.size, _AT_ONCE))
         cuts = [0, *roots[wanted[wanted < roots.size]].tolist(), rows.size]
         for low, high in pairwise(cuts):
