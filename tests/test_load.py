@@ -7,6 +7,8 @@ import contextlib
 import json
 import random
 import re
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -42,6 +44,7 @@ class Script:
     dribble: bool = False
     text: str = "ab"
     close_after: int = 0  # answers on one connection, after which it is closed without notice
+    reset: bool = False  # close it by a reset as soon as the next request has come
 
 
 class ScriptedServer:
@@ -87,6 +90,11 @@ class ScriptedServer:
                 else:
                     await self._generate(writer, json.loads(body))
                     answered += 1
+        if self.script.reset and answered:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                await reader.readuntil(b"\r\n\r\n")
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
         writer.close()
 
     async def _plain(self, writer: asyncio.StreamWriter, status: int, document: Any) -> None:
@@ -230,6 +238,14 @@ def test_errors_by_kind() -> None:
 
 def test_a_server_that_closes_idle_connections_costs_no_request() -> None:
     with scripted(close_after=3) as server:
+        exchanges, _, _ = run(server, requests=10, concurrency=1)
+    assert [item.error for item in exchanges] == [None] * 10
+    assert server.connections == 1 + 4
+
+
+def test_an_idle_connection_that_is_reset_costs_no_request() -> None:
+    """Whether the end of an idle connection is read or a reset depends on who is faster; both cost nothing."""
+    with scripted(close_after=3, reset=True) as server:
         exchanges, _, _ = run(server, requests=10, concurrency=1)
     assert [item.error for item in exchanges] == [None] * 10
     assert server.connections == 1 + 4

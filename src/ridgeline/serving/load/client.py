@@ -68,10 +68,6 @@ class Reply:
         self.done = True
 
 
-class _ClosedBeforeAnswer(EOFError):
-    """The connection ended without a byte of the answer."""
-
-
 class Connection:
     """One keep-alive connection; `post` and `get` reopen it when the server closed it."""
 
@@ -79,6 +75,7 @@ class Connection:
         self._target = target
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._answered = False  # a byte of the present request's answer has come
 
     async def request(self, method: str, path: str, body: bytes, on_body: Callable[[int, bytes], None]) -> int:
         """Send one request; ``on_body(status, piece)`` is called as the answer comes in. Returns the status.
@@ -94,10 +91,11 @@ class Connection:
         try:
             try:
                 return await self._exchange(data, on_body)
-            except _ClosedBeforeAnswer:
-                if not reused:
+            except (EOFError, ConnectionError):
+                if not reused or self._answered:
                     raise
-                # An idle connection that the server closed as we wrote: nothing was answered, so send it afresh.
+                # An idle connection that the server closed as we wrote (its end is read, or a reset): nothing was
+                # answered, so send it afresh.
                 self.close()
                 await self._open()
                 return await self._exchange(data, on_body)
@@ -109,14 +107,12 @@ class Connection:
         assert self._reader is not None and self._writer is not None
         self._writer.write(data)
         reply = Reply(on_body)
-        received = False
+        self._answered = False
         while not reply.done:
             piece = await self._reader.read(65536)
             if not piece:
-                if received:
-                    raise EOFError("connection closed in the middle of an answer")
-                raise _ClosedBeforeAnswer("connection closed before an answer")
-            received = True
+                raise EOFError(f"connection closed {'in the middle of' if self._answered else 'before'} an answer")
+            self._answered = True
             reply.parser.feed_data(piece)
         if not reply.keep_alive:
             self.close()
