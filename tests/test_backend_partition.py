@@ -63,7 +63,7 @@ def random_graphs(draw):
     return GraphModule({}, graph), refused
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(random_graphs(), st.integers(1, 4))
 def test_parts_form_no_cycle_and_compute_the_same(made, minimum):
     graph, refused = made

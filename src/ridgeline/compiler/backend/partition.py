@@ -154,7 +154,8 @@ def compile_parts(graph: GraphModule, engine: Engine) -> Callable[..., Any]:
     if not places:
         return graph.forward
     order = {place: number for number, place in enumerate(sorted(set(places.values())))}
-    split = split_module(graph, graph, lambda node: order[places[node]], keep_original_order=True)
+    # Parts are called in the order of what they need; the first node of one may stand before all of another it needs.
+    split = split_module(graph, graph, lambda node: order[places[node]])
     sides = {f"submod_{number}": place[1] for place, number in order.items()}
     for node in list(split.graph.nodes):
         if node.op == "call_module":
